@@ -1,0 +1,205 @@
+"""What is known of a function of torch by its name alone, and of the calls that own what runs inside.
+
+What this room knows that no other does: which functions drop a value's history, hand it to Python, copy
+it, write it in place, or only look at its shape; and how to recognise, from the frames above an
+operation, that the user really called a custom Function, a checkpoint, ``sample()`` or ``deepcopy()``.
+
+Limits: a name says nothing of dtypes or gradient mode; whether a gradient flows is autograd's answer.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import resolve_name
+from torch.utils.checkpoint import CheckpointFunction
+
+from gradwatch import _frames
+
+if TYPE_CHECKING:
+    from types import CodeType, FrameType
+
+    from gradwatch._frames import Place
+
+
+class Kind(Enum):
+    """What a call does to the path of a gradient, judged by what was called alone."""
+
+    PLAIN = auto()
+    """Carries a gradient wherever autograd says so."""
+    IGNORED = auto()
+    """Reads no value: a shape, a flag, a hook, text for a person."""
+    SEVER = auto()
+    """Hands on the value and drops its history: ``detach``, ``.data``."""
+    EXIT = auto()
+    """Turns the value into a Python number, a list, or a NumPy array."""
+    COPY_VALUES = auto()
+    """Copies values into a new leaf: ``torch.tensor``."""
+    SHAPE_ONLY = auto()
+    """Makes a tensor from another's shape, dtype and device: ``zeros_like``."""
+    REWRAP = auto()
+    """A new leaf that appeared over a computed value's memory: ``nn.Parameter(h)``."""
+    LINK = auto()
+    """Made out of sight, and linked through its ``grad_fn``: the result of a custom Function."""
+    BACKWARD = auto()
+    """Runs a backward pass that fills ``.grad``."""
+    GRAD = auto()
+    """``torch.autograd.grad``: values computed by a backward pass."""
+    SET_DATA = auto()
+    """Assigns ``.data``."""
+    SET_GRAD = auto()
+    """Assigns ``.grad``."""
+    SET_MODE = auto()
+    """Switches gradient mode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a function's name says."""
+
+    kind: Kind = Kind.PLAIN
+    writes: bool = False
+    """Whether it changes its first argument."""
+
+
+def _words(text: str, kind: Kind) -> dict[str, Kind]:
+    return dict.fromkeys(text.split(), kind)
+
+
+_BY_NAME = (
+    _words("detach detach_ __deepcopy__", Kind.SEVER)
+    | _words("tensor new_tensor", Kind.COPY_VALUES)
+    | _words("_set_grad_enabled", Kind.SET_MODE)
+    | _words(
+        "item tolist numpy __float__ __int__ __index__ __bool__ __complex__ __array__ __contains__ "
+        "is_nonzero equal allclose",
+        Kind.EXIT,
+    )
+    | _words(
+        "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros "
+        "new_ones new_empty new_full new_empty_strided",
+        Kind.SHAPE_ONLY,
+    )
+    | _words(
+        "__format__ __repr__ __str__ __len__ __hash__ __reduce_ex__ register_hook retain_grad "
+        "register_post_accumulate_grad_hook dim size numel stride requires_grad_ is_contiguous "
+        "is_floating_point is_complex",
+        Kind.IGNORED,
+    )
+)
+_BY_FUNCTION: dict[Any, Kind] = {
+    Tensor.backward: Kind.BACKWARD,
+    torch.autograd.backward: Kind.BACKWARD,
+    torch.autograd.grad: Kind.GRAD,
+}
+_GETTERS = dict.fromkeys(("T", "mT", "H", "mH", "real", "imag"), Kind.PLAIN) | {"data": Kind.SEVER}
+_SETTERS = {"data": Kind.SET_DATA, "grad": Kind.SET_GRAD}
+_INPLACE_OPERATORS = frozenset(
+    f"__i{name}__"
+    for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul div".split()
+)
+_KNOWN: dict[Any, Traits] = {}
+
+
+def traits_of(func: Any) -> Traits:
+    """Return what is known of a function that the mode was handed."""
+    return _KNOWN.get(func) or _learn(func)
+
+
+def _learn(func: Any) -> Traits:
+    short = getattr(func, "__name__", "")
+    attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+    if short == "__get__":
+        traits = Traits(_GETTERS.get(attribute, Kind.IGNORED))
+    elif short == "__set__":
+        traits = Traits(_SETTERS.get(attribute, Kind.IGNORED))
+    else:
+        kind = _BY_FUNCTION.get(func) or _BY_NAME.get(short, Kind.PLAIN)
+        traits = Traits(kind, _writes(short))
+    _KNOWN[func] = traits
+    return traits
+
+
+def _writes(short: str) -> bool:
+    if short.startswith("__"):
+        return short == "__setitem__" or short in _INPLACE_OPERATORS
+    return short.endswith("_") and short != "requires_grad_"
+
+
+def public_name(func: Any) -> str:
+    """Return the name of a function as users write it.
+
+    Example:
+        >>> public_name(torch.Tensor.data.__get__)
+        'torch.Tensor.data'
+    """
+    name: str | None = resolve_name(func)
+    if name is None:
+        module = getattr(func, "__module__", None) or "torch"
+        name = f"{module}.{getattr(func, '__qualname__', getattr(func, '__name__', '?'))}"
+    return name.removesuffix(".__get__").removesuffix(".__set__")
+
+
+class Wrapper(Enum):
+    """A call that owns the operations inside it: the user called this, not them."""
+
+    CUSTOM_FUNCTION = auto()
+    REENTRANT_CHECKPOINT = auto()
+    SAMPLE = auto()
+    DEEPCOPY = auto()
+    """Of an object with tensors in it."""
+    DEEPCOPY_TENSOR = auto()
+    """Of one tensor."""
+
+
+# Code objects rather than names: a user's own function called `apply` is none of these.
+_APPLY: CodeType = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_CHECKPOINT: CodeType = CheckpointFunction.forward.__code__
+_DEEPCOPY: CodeType = copy.deepcopy.__code__
+
+
+def find_wrapper(
+    frame: FrameType | None, off_depth: int | None
+) -> tuple[Wrapper, Place | None] | None:
+    """Return the outermost call that owns what runs in a frame, and where the user called it.
+
+    Args:
+        frame: The frame of the operation.
+        off_depth: Depth of the frame that switched gradient mode off by hand: a call further in is
+            not to blame, since gradients were off before it began.
+    """
+    found: tuple[Wrapper, FrameType] | None = None
+    copies, checkpointed = 0, False
+    while frame is not None:
+        code = frame.f_code
+        if code is _CHECKPOINT:
+            checkpointed = True
+        elif code is _APPLY:
+            found = (
+                Wrapper.REENTRANT_CHECKPOINT if checkpointed else Wrapper.CUSTOM_FUNCTION,
+                frame,
+            )
+            checkpointed = False
+        elif code is _DEEPCOPY:
+            copies += 1
+            found = (Wrapper.DEEPCOPY if copies > 1 else Wrapper.DEEPCOPY_TENSOR, frame)
+        elif code.co_name in {"sample", "sample_n"} and _frames.is_distribution(code):
+            found = (Wrapper.SAMPLE, frame)
+        frame = frame.f_back
+    if found is None:
+        return None
+    kind, outer = found
+    if not copies and off_depth is not None and off_depth < _frames.depth(outer):
+        return None
+    return kind, _frames.here(outer.f_back)
+
+
+def dynamo_is_loaded() -> bool:
+    """Tell whether anything can have been compiled in this process."""
+    return "torch._dynamo" in sys.modules

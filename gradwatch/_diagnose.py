@@ -1,0 +1,378 @@
+"""Why each parameter has the status it has: trace, graph and statistics joined into diagnoses.
+
+What this room knows that no other does: the order in which explanations are tried, and what each of
+them must show before it is named. What the autograd graph says wins over what the trace makes likely;
+where nothing can be shown the cause is ``undetermined``, with what was ruled out.
+
+Limits: it speaks of the steps that were traced. Notes are facts about those.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gradwatch import _frames, _words, explain
+from gradwatch._calls import Kind, Wrapper
+from gradwatch._flow import Cut, Flow, follow
+from gradwatch._graph import Passed, watched_backward
+from gradwatch._source import Marks
+from gradwatch._stats import Sensor
+from gradwatch._trace import BackwardListener, Op, Trace, label_of
+from gradwatch.report import Cause, Diagnosis, Severity, Site, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from torch import Tensor, nn
+
+_WRAPPED = {
+    Wrapper.CUSTOM_FUNCTION: Cause.CUSTOM_FUNCTION,
+    Wrapper.REENTRANT_CHECKPOINT: Cause.REENTRANT_CHECKPOINT,
+    Wrapper.SAMPLE: Cause.NON_DIFFERENTIABLE,
+    Wrapper.DEEPCOPY: Cause.REPLACED,
+    Wrapper.DEEPCOPY_TENSOR: Cause.DETACHED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was found for one parameter, before parameters are grouped."""
+
+    cause: Cause
+    site: Site | None = None
+    operation: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Inspection(BackwardListener):
+    """One traced step: record it, then say why parameters got no gradient.
+
+    Args:
+        parameters: The parameters by name.
+        modules: The model's modules by path.
+        sizes: Whether to measure what each autograd node hands on, to find the origin of zeros and
+            NaN.
+        on_step: Called with the names of the parameters that an optimizer is about to write.
+
+    Cost:
+        About 5 microseconds an operation, and as much again a node with ``sizes``.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        modules: Mapping[str, nn.Module],
+        *,
+        sizes: bool,
+        on_step: Callable[[frozenset[str]], None] | None = None,
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.trace = Trace(parameters, modules, self)
+        self.passes: list[Passed] = []
+        self._modules = dict(modules)
+        self.sizes = sizes
+        self.sensor = Sensor(self.parameters)
+        self._on_step = on_step
+
+    def start(self) -> None:
+        """Begin to record."""
+        self.trace.start()
+
+    def leave(self) -> None:
+        """Take everything away that sees the user's program, until ``start()`` is called again."""
+        self.trace.leave()
+
+    def stop(self) -> None:
+        """Stop recording for good."""
+        self.trace.stop()
+
+    @property
+    def cleared(self) -> frozenset[str]:
+        """Names of those whose gradient arrived and was emptied again."""
+        return self.sensor.arrived.intersection(self.trace.clearings)
+
+    @contextmanager
+    def around_backward(self, roots: list[Tensor]) -> Iterator[None]:
+        """Watch one backward pass."""
+        self.sensor.before()
+        try:
+            with watched_backward(roots, self.trace.tag, sizes=self.sizes) as passed:
+                self.passes.append(passed)
+                yield
+        finally:
+            before = self.sensor.arrived
+            self.sensor.after()
+            for name in self.sensor.arrived - before:
+                self.trace.clearings.pop(name, None)
+
+    def before_step(self, written: frozenset[str]) -> None:
+        """Hand on that an optimizer is about to write."""
+        if self._on_step is not None:
+            self._on_step(written)
+
+    def diagnose(self, statuses: Mapping[str, Status], step: int) -> tuple[Diagnosis, ...]:
+        """Return one diagnosis per cause and site, the one that costs most parameters first.
+
+        Args:
+            statuses: The status of each parameter asked about.
+            step: Number of the step.
+        """
+        missing = [name for name, status in statuses.items() if status is Status.MISSING]
+        findings = self._explain_missing(missing)
+        for status in (Status.ZERO, Status.NONFINITE):
+            for name, found in statuses.items():
+                if found is status:
+                    findings[name] = self._explain_origin(name, status)
+        sizes = {name: self.parameters[name].numel() for name in findings}
+        return grouped(findings, statuses, step, sizes)
+
+    # Missing --------------------------------------------------------------------------------------
+
+    def _explain_missing(self, missing: list[str]) -> dict[str, Finding]:
+        if not missing:
+            return {}
+        passes = [backward for backward in self.trace.backwards if backward.accumulates]
+        roots = [root for backward in passes or self.trace.backwards for root in backward.roots]
+        flow = follow(self.trace, missing, roots)
+        if self._link_exits(flow, missing):
+            flow = follow(self.trace, missing, roots)
+        arrived = self.sensor.arrived
+        reached = set[int]().union(*(passed.reached for passed in self.passes))
+        return {
+            name: self._cleared(name)
+            if name in arrived
+            else self._connected(name, flow, reached)
+            or self._cut(name, flow)
+            or self._without_path(name, flow)
+            for name in missing
+        }
+
+    def _link_exits(self, flow: Flow, missing: list[str]) -> bool:
+        """Join operations to the values that came to them through Python, as the text shows."""
+        lost = [name for name in missing if name not in flow.cuts and name not in flow.connected]
+        exits = [op for op in self.trace.ops if op.kind is Kind.EXIT and flow.carries(op, lost)]
+        linked = False
+        for leaving in exits:
+            marks = Marks(leaving.stack)
+            for op in self.trace.ops[leaving.index + 1 :]:
+                if op.place is None or op.kind is Kind.EXIT or leaving.outputs[0] in op.inputs:
+                    continue
+                if any(number in flow.reaching for number in op.outputs) and marks.hold(
+                    op.place[:2]
+                ):
+                    op.inputs = (*op.inputs, *leaving.outputs)
+                    linked = True
+        return linked
+
+    def _cleared(self, name: str) -> Finding:
+        place = self.trace.clearings.get(name)
+        return Finding(Cause.CLEARED, _frames.site_of(place), None, ())
+
+    def _connected(self, name: str, flow: Flow, reached: set[int]) -> Finding | None:
+        """Explain a parameter to which the graph leads, or should lead."""
+        leaf = id(self.parameters[name])
+        if leaf not in reached and name not in flow.connected:
+            return None
+        asked = self._not_requested(name, reached=leaf in reached)
+        if asked is not None:
+            return asked
+        for passed in self.passes:
+            for tag in passed.withholders(leaf):
+                return self._at(Cause.CUSTOM_FUNCTION, self._op(tag))
+        if leaf in reached:
+            return Finding(Cause.UNDETERMINED, notes=(_words.IN_THE_GRAPH,))
+        return self._cut(name, flow) or self._broken(name)
+
+    def _not_requested(self, name: str, *, reached: bool) -> Finding | None:  # noqa: FBT001
+        leaf = id(self.parameters[name])
+        for backward in self.trace.backwards:
+            left_out = backward.inputs is not None and leaf not in backward.inputs
+            if left_out and (reached or not any(b.accumulates for b in self.trace.backwards)):
+                return Finding(
+                    Cause.NOT_REQUESTED,
+                    _frames.site_of(backward.place),
+                    "torch.Tensor.backward" if backward.accumulates else "torch.autograd.grad",
+                )
+        return None
+
+    def _broken(self, name: str) -> Finding:
+        """Name the operation at which the autograd graph ends though its inputs were tracked."""
+        tags = set[int]().union(*(passed.tags for passed in self.passes))
+        behind: set[int] = set()
+        last: Op | None = None
+        for op in self.trace.ops:
+            reads = any(
+                number in behind or self.trace.values[number].parameter == name
+                for number in op.inputs
+            )
+            if not reads:
+                continue
+            if op.index in tags:
+                last = op
+                break
+            behind.update(op.outputs)
+        if last is None:
+            return Finding(Cause.UNDETERMINED)
+        return self._at(Cause.NON_DIFFERENTIABLE, last)
+
+    def _cut(self, name: str, flow: Flow) -> Finding | None:
+        cuts = flow.cuts.get(name)
+        if not cuts:
+            return None
+        first = self._judge(cuts[0])
+        others = []
+        for cut in cuts[1:]:
+            other = self._judge(cut)
+            if other.site != first.site and other not in others:
+                others.append(other)
+        notes = tuple(_words.another_path(other.cause, other.site) for other in others[:3])
+        notes = notes or (_words.NO_OTHER_USE,)
+        return Finding(first.cause, first.site, first.operation, (*first.notes, *notes))
+
+    def _judge(self, cut: Cut) -> Finding:
+        op = cut.op
+        cause = _cause(op)
+        if cut.left_through is not None and cause in {Cause.DETACHED, Cause.NO_GRAD}:
+            return self._at(Cause.LEFT_TORCH, cut.left_through)
+        if op.kind is Kind.REWRAP and op.place is None:
+            return self._at(cause, self._first_reader(op) or op)
+        return self._at(cause, op)
+
+    def _first_reader(self, op: Op) -> Op | None:
+        made = set(op.outputs)
+        return next(
+            (o for o in self.trace.ops[op.index + 1 :] if not made.isdisjoint(o.inputs)), None
+        )
+
+    def _without_path(self, name: str, flow: Flow) -> Finding:
+        reads = [op for op in flow.reads.get(name, ()) if op.grad_mode or op.wrapper]
+        if reads and name in flow.dropped:
+            return self._at(Cause.NOT_IN_LOSS, flow.dropped[name])
+        replaced = self._replaced(name, flow)
+        if replaced is not None:
+            return replaced
+        return Finding(Cause.UNUSED, notes=self._why_unused(name, flow))
+
+    def _why_unused(self, name: str, flow: Flow) -> tuple[str, ...]:
+        path = name.rpartition(".")[0]
+        if flow.reads.get(name):
+            return (_words.ONLY_WITHOUT_GRADIENT,)
+        if path and path in self._modules and path not in self.trace.modules_run:
+            return (_words.did_not_run(path),)
+        return (_words.ran_without_it(path),)
+
+    def _replaced(self, name: str, flow: Flow) -> Finding | None:
+        """Look for a leaf of the same shape that the loss was computed with instead."""
+        parameter = self.parameters[name]
+        label = label_of(parameter)
+        for number, value in enumerate(self.trace.values):
+            if value.alien == label and number in flow.reaching:
+                for op in self.trace.ops:
+                    if number in op.inputs and op.module is not None:
+                        return self._at(Cause.REPLACED, op)
+        return None
+
+    # Zero and not finite --------------------------------------------------------------------------
+
+    def _explain_origin(self, name: str, status: Status) -> Finding:
+        zero = status is Status.ZERO
+        cause = Cause.ZERO_GRADIENT if zero else Cause.NONFINITE_GRADIENT
+        for passed in reversed(self.passes):
+            tag = passed.origin(id(self.parameters[name]), zero=zero)
+            if tag is not None:
+                return self._at(cause, self._op(tag))
+        return Finding(cause)
+
+    # Small things ---------------------------------------------------------------------------------
+
+    def _op(self, tag: int) -> Op | None:
+        return self.trace.ops[tag] if 0 <= tag < len(self.trace.ops) else None
+
+    def _at(self, cause: Cause, op: Op | None) -> Finding:
+        if op is None:
+            return Finding(cause)
+        return Finding(cause, _frames.site_of(op.place, op.module), op.name)
+
+
+def _cause(op: Op) -> Cause:
+    if op.wrapper is not None:
+        return _WRAPPED[op.wrapper]
+    if op.kind in {Kind.SEVER, Kind.REWRAP}:
+        return Cause.DETACHED
+    if op.kind in {Kind.EXIT, Kind.COPY_VALUES}:
+        return Cause.LEFT_TORCH
+    if op.kind is Kind.GRAD or not op.grad_mode:
+        return Cause.NO_GRAD
+    return Cause.NON_DIFFERENTIABLE
+
+
+def not_in_optimizer(
+    names: Iterable[str], statuses: Mapping[str, Status], step: int
+) -> tuple[Diagnosis, ...]:
+    """Return the diagnosis of parameters that no optimizer steps, if there are any.
+
+    Args:
+        names: Those parameters.
+        statuses: The status of each.
+        step: Number of the step.
+    """
+    findings = {name: Finding(Cause.NOT_IN_OPTIMIZER) for name in names}
+    return grouped(findings, statuses, step, {})
+
+
+def undetermined(statuses: Mapping[str, Status], step: int) -> tuple[Diagnosis, ...]:
+    """Return the diagnosis of parameters in a step that was not traced.
+
+    Args:
+        statuses: The parameters and their statuses.
+        step: Number of the step.
+    """
+    named = {Status.ZERO: Cause.ZERO_GRADIENT, Status.NONFINITE: Cause.NONFINITE_GRADIENT}
+    findings = {
+        name: Finding(named.get(status, Cause.UNDETERMINED), notes=(_words.NOT_TRACED,))
+        for name, status in statuses.items()
+    }
+    return grouped(findings, statuses, step, {})
+
+
+def grouped(
+    findings: Mapping[str, Finding],
+    statuses: Mapping[str, Status],
+    step: int,
+    sizes: Mapping[str, int],
+) -> tuple[Diagnosis, ...]:
+    """Join what was found into one diagnosis per cause and site.
+
+    Args:
+        findings: What was found, by parameter.
+        statuses: The status of each parameter.
+        step: Number of the step.
+        sizes: Elements of each parameter: the diagnosis that costs most comes first.
+    """
+    groups: dict[object, list[str]] = {}
+    for name, found in findings.items():
+        site = found.site
+        place = None if site is None else (site.file, site.line, site.column, site.end_column)
+        groups.setdefault((found.cause, place), []).append(name)
+    made = []
+    for names in groups.values():
+        found = findings[names[0]]
+        notes = tuple(dict.fromkeys(note for name in names for note in findings[name].notes))
+        made.append(
+            Diagnosis(
+                severity=Severity.NOTE if found.cause is Cause.ZERO_GRADIENT else Severity.WARNING,
+                cause=found.cause,
+                status=statuses[names[0]],
+                parameters=tuple(names),
+                site=found.site,
+                operation=found.operation,
+                notes=notes[:4],
+                help=explain.help_for(found.cause, found.operation, names, found.site),
+                step=step,
+            )
+        )
+    cost = {id(d): sum(sizes.get(name, 0) for name in d.parameters) for d in made}
+    made.sort(key=lambda d: (d.severity is Severity.NOTE, -cost[id(d)], d.parameters))
+    return tuple(made)

@@ -1,0 +1,258 @@
+"""The autograd graph of one backward pass: what it reaches, and where a gradient went wrong.
+
+What this room knows that no other does: which leaves a backward pass from some roots would reach, which
+node handed on no gradient at all (a custom Function that returned None), and at which node a good
+gradient first became zero, NaN or infinite.
+
+Limits: a graph inside a compiled region is one node; inside a reentrant checkpoint it does not exist
+before backward runs. Hooks on nodes see what autograd hands on, not what is added up in a leaf.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+TAG_UNKNOWN = -1
+
+
+@dataclass(slots=True)
+class Node:
+    """One autograd node, without the node."""
+
+    name: str
+    tag: int
+    """Number of the forward operation it belongs to; -1 where none is known."""
+    children: tuple[int, ...]
+    """Positions of the nodes that its gradients go to; -1 for inputs that take none."""
+    leaf: int | None = None
+    """``id`` of the tensor that it accumulates into."""
+    custom: bool = False
+    """Whether it belongs to a ``torch.autograd.Function`` of the user's."""
+
+
+@dataclass(slots=True)
+class Passed:
+    """What one backward pass did: the graph it ran over, and what its nodes handed on."""
+
+    nodes: list[Node] = field(default_factory=list)
+    withheld: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Per custom node the positions in its ``children`` that were given no gradient."""
+    sizes: dict[tuple[int, int], float] = field(default_factory=dict)
+    """Largest absolute value of the gradient handed on, by node and position; -1.0 if it was empty."""
+
+    broken: Exception | None = None
+    """A failure of ours, after which ``sizes`` are incomplete."""
+
+    @property
+    def reached(self) -> set[int]:
+        """The ``id`` of each leaf that the graph leads to."""
+        return {node.leaf for node in self.nodes if node.leaf is not None}
+
+    @property
+    def tags(self) -> set[int]:
+        """Numbers of the forward operations that the graph leads to."""
+        return {node.tag for node in self.nodes if node.tag >= 0}
+
+    def withholders(self, leaf: int) -> list[int]:
+        """Return the tags of custom nodes that withheld the gradient on the way to a leaf."""
+        above = self._above(leaf)
+        return [
+            self.nodes[number].tag
+            for number, positions in self.withheld.items()
+            if any(self.nodes[number].children[position] in above for position in positions)
+        ]
+
+    def _above(self, leaf: int) -> set[int]:
+        """Return the nodes whose gradient would go on to a leaf, the leaf's own included."""
+        above: set[int] = set()
+        # Children have larger or smaller numbers, in no order: repeat until nothing is added.
+        parents: dict[int, list[int]] = {}
+        for number, node in enumerate(self.nodes):
+            for child in node.children:
+                parents.setdefault(child, []).append(number)
+        todo = [number for number, node in enumerate(self.nodes) if node.leaf == leaf]
+        while todo:
+            number = todo.pop()
+            if number not in above:
+                above.add(number)
+                todo.extend(parents.get(number, ()))
+        return above
+
+    def origin(self, leaf: int, *, zero: bool) -> int | None:
+        """Return the tag of the node at which a leaf's gradient first became zero, or not finite.
+
+        Args:
+            leaf: ``id`` of the leaf.
+            zero: Look for zeros; otherwise for NaN and infinity.
+        """
+        bad = _is_zero if zero else _is_nonfinite
+        incoming: dict[int, list[float]] = {}
+        edges: dict[int, list[tuple[int, float]]] = {}
+        for (number, position), size in self.sizes.items():
+            child = self.nodes[number].children[position]
+            incoming.setdefault(child, []).append(size)
+            edges.setdefault(child, []).append((number, size))
+        seen: set[int] = set()
+        todo = [number for number, node in enumerate(self.nodes) if node.leaf == leaf]
+        while todo:
+            number = todo.pop(0)
+            for parent, size in edges.get(number, ()):
+                if not bad(size) or parent in seen:
+                    continue
+                seen.add(parent)
+                arrived = incoming.get(parent, [])
+                worst = all(map(bad, arrived)) if zero else any(map(bad, arrived))
+                if arrived and worst:
+                    todo.append(parent)
+                elif self.nodes[parent].tag >= 0:
+                    return self.nodes[parent].tag
+        return None
+
+
+def _is_zero(size: float) -> bool:
+    return size == 0.0
+
+
+def _is_nonfinite(size: float) -> bool:
+    return not math.isfinite(size)
+
+
+def walk(roots: Iterable[Tensor], tag_key: str) -> tuple[list[Node], list[Any]]:
+    """Return the graph above ``roots`` as plain nodes, and the autograd nodes beside them.
+
+    A node without a number of its own belongs to the operation through which it was reached: the
+    inner nodes of a composite function.
+
+    Args:
+        roots: The tensors that a backward pass starts from.
+        tag_key: Key of the forward operation's number in a node's metadata.
+
+    Cost:
+        One visit per node, about a microsecond each; no kernel.
+    """
+    numbers: dict[Any, int] = {}
+    plain: list[Node] = []
+    found: list[Any] = []
+    todo: list[tuple[Any, int]] = [
+        (root.grad_fn, TAG_UNKNOWN) for root in roots if root.grad_fn is not None
+    ]
+    while todo:
+        node, inherited = todo.pop()
+        if node in numbers:
+            continue
+        tag = node.metadata.get(tag_key, inherited)
+        numbers[node] = len(plain)
+        leaf = getattr(node, "variable", None)
+        plain.append(
+            Node(
+                node.name(),
+                tag,
+                (),
+                None if leaf is None else id(leaf),
+                isinstance(node, BackwardCFunction),
+            )
+        )
+        found.append(node)
+        todo.extend((child, tag) for child, _ in node.next_functions if child is not None)
+    for node, entry in zip(found, plain, strict=True):
+        entry.children = tuple(
+            -1 if child is None else numbers[child] for child, _ in node.next_functions
+        )
+    return plain, found
+
+
+@contextmanager
+def watched_backward(roots: list[Tensor], tag_key: str, *, sizes: bool) -> Iterator[Passed]:
+    """Observe the backward pass that runs inside, through hooks that are gone afterwards.
+
+    Args:
+        roots: The tensors that the pass starts from.
+        tag_key: Key of the forward operation's number in a node's metadata.
+        sizes: Whether to measure what every node hands on, to find where it became zero or NaN.
+
+    Cost:
+        A hook on each custom Function's node; with ``sizes`` one on every node and one reduction per
+        gradient, copied to the host once at the end.
+    """
+    passed = Passed()
+    passed.nodes, found = walk(roots, tag_key)
+    measured: dict[tuple[int, int], Tensor | float] = {}
+    handles = []
+    for number, node in enumerate(found):
+        entry = passed.nodes[number]
+        if entry.leaf is None and (sizes or entry.custom):
+            handles.append(
+                node.register_hook(_observer(passed, number, measured if sizes else None))
+            )
+    del found
+    try:
+        yield passed
+    finally:
+        for handle in handles:
+            handle.remove()
+        passed.sizes = _to_host(measured)
+
+
+def _observer(passed: Passed, number: int, measured: dict[tuple[int, int], Any] | None) -> Any:
+    node = passed.nodes[number]
+
+    def observe(grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]) -> None:
+        try:
+            look(grad_inputs, grad_outputs)
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            passed.broken = error
+
+    def look(grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]) -> None:
+        if node.custom and any(gradient is not None for gradient in grad_outputs):
+            missing = tuple(
+                position
+                for position, gradient in enumerate(grad_inputs)
+                if gradient is None
+                and position < len(node.children)
+                and node.children[position] >= 0
+            )
+            if missing:
+                passed.withheld[number] = missing
+        if measured is not None:
+            for position, gradient in enumerate(grad_inputs):
+                if gradient is not None:
+                    measured[number, position] = _size(gradient)
+
+    return observe
+
+
+def _size(gradient: Tensor) -> Tensor | float:
+    """Return the largest absolute value of a gradient, on its own device."""
+    with torch.no_grad():
+        values = gradient.detach()
+        if values.layout is not torch.strided:
+            values = values.coalesce().values() if values.is_sparse else values.to_dense()
+        if values.numel() == 0:
+            return -1.0
+        largest: Tensor = torch.linalg.vector_norm(values, math.inf)
+        return largest.float()
+
+
+def _to_host(measured: dict[tuple[int, int], Any]) -> dict[tuple[int, int], float]:
+    """Copy all measurements in one transfer per device."""
+    by_device: dict[torch.device, list[tuple[int, int]]] = {}
+    done: dict[tuple[int, int], float] = {}
+    for key, size in measured.items():
+        if isinstance(size, float):
+            done[key] = size
+        else:
+            by_device.setdefault(size.device, []).append(key)
+    for keys in by_device.values():
+        values = torch.stack([measured[key] for key in keys]).tolist()
+        done.update(zip(keys, values, strict=True))
+    return done

@@ -1,0 +1,139 @@
+"""What the parameters and modules of a model are called.
+
+What this room knows that no other does: names as the user wrote them, with wrappers (``torch.compile``,
+DDP, FSDP, activation checkpointing) taken off by unwrapping the object; which names are one tied
+parameter; and which optimizer owns a parameter.
+
+Limits: a module that the model does not register (in a plain list, say) has no name here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Where torch's own wrappers keep what they wrap."""
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The parameters and modules of a model at one moment."""
+
+    parameters: dict[str, Tensor]
+    """By their first name, in the model's order."""
+    modules: dict[str, nn.Module]
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """For each tied parameter all of its names, the key first."""
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return what a wrapper of torch's wraps, or the module itself."""
+    while True:
+        if isinstance(module, (DistributedDataParallel, DataParallel)):
+            inner = module.module
+        elif type(module).__module__.startswith("torch."):
+            inner = next(
+                (module.get_submodule(key) for key in _INNER if hasattr(module, key)),
+                None,
+            )
+        else:
+            return module
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+def names_of(model: nn.Module) -> Names:
+    """Return the names of all parameters and modules, without those of wrappers.
+
+    Args:
+        model: Any module, wrapped or not.
+
+    Cost:
+        One visit per module and parameter, about a microsecond each.
+
+    Example:
+        >>> list(names_of(nn.DataParallel(nn.Linear(2, 1))).parameters)
+        ['weight', 'bias']
+    """
+    parameters: dict[str, Tensor] = {}
+    modules: dict[str, nn.Module] = {}
+    first: dict[int, str] = {}
+    all_names: dict[str, list[str]] = {}
+    for path, module in _walk(unwrap(model), "", set()):
+        modules.setdefault(path, module)
+        for short, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{path}.{short}" if path else short
+            key = first.setdefault(id(parameter), name)
+            parameters.setdefault(key, parameter)
+            all_names.setdefault(key, []).append(name)
+    aliases = {key: tuple(names) for key, names in all_names.items() if len(names) > 1}
+    return Names(parameters, modules, aliases)
+
+
+def _walk(module: nn.Module, path: str, above: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each module under each of its paths; one that holds itself is not entered again."""
+    if id(module) in above:
+        return
+    yield path, module
+    above = above | {id(module)}
+    for short, child in module._modules.items():  # noqa: SLF001 -- named_children() skips duplicates
+        if child is not None:
+            yield from _walk(unwrap(child), f"{path}.{short}" if path else short, above)
+
+
+class Owners:
+    """Which optimizer steps each parameter.
+
+    Args:
+        names: The parameters of the model.
+        optimizers: The optimizers, in the Trainer's order.
+    """
+
+    def __init__(self, names: Names, optimizers: Sequence[Any]) -> None:
+        self._optimizers = tuple(optimizers)
+        self._size = self.size()
+        by_id = {id(parameter): name for name, parameter in names.parameters.items()}
+        owned: list[set[str]] = [
+            {
+                by_id[id(p)]
+                for group in optimizer.param_groups
+                for p in group["params"]
+                if id(p) in by_id
+            }
+            for optimizer in self._optimizers
+        ]
+        everyone = set[str]().union(*owned)
+        self.known = bool(everyone)
+        self.orphans = tuple(name for name in names.parameters if name not in everyone)
+        self._covered = [
+            tuple(name for name in names.parameters if name in mine or name not in everyone)
+            for mine in owned
+        ]
+        self._everyone = tuple(names.parameters)
+
+    def size(self) -> int:
+        """Return how many tensors the optimizers hold: it changes when groups are added."""
+        return sum(len(group["params"]) for o in self._optimizers for group in o.param_groups)
+
+    def changed(self) -> bool:
+        """Tell whether the optimizers hold other tensors than when this was made."""
+        return self.size() != self._size
+
+    def position(self, optimizer: Any) -> int:
+        """Return the optimizer's place among the others, 0 for one that is not known."""
+        return next((i for i, known in enumerate(self._optimizers) if known is optimizer), 0)
+
+    def covered(self, optimizer: Any) -> tuple[str, ...]:
+        """Return the parameters that a step speaks of: the optimizer's own, and those in none."""
+        for known, names in zip(self._optimizers, self._covered, strict=True):
+            if known is optimizer:
+                return names
+        return self._everyone

@@ -1,0 +1,175 @@
+"""Where the root of an error of torch's lies, when the user's forward or backward raised.
+
+What this room knows that no other does: what torch's messages about autograd mean, and which recorded
+operation, write or backward pass they speak of. The error itself is never changed: it gets a note.
+
+Limits: messages are recognised by their words, in English, as torch 2.6 to 2.13 writes them; an
+unknown one gets no note.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from gradwatch import _frames, _source, _words, explain
+from gradwatch._calls import Kind
+from gradwatch.report import Site, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from gradwatch._diagnose import Inspection
+    from gradwatch._trace import Op, Trace
+
+
+def add_note(error: Exception, inspection: Inspection, model: nn.Module) -> None:
+    """Add a note with the root cause's line and the way out to an error of the user's code.
+
+    Args:
+        error: The exception; it is not changed otherwise.
+        inspection: The stopped trace of the step that raised.
+        model: The model whose classes are read for what was done before the step.
+    """
+    if any("GradWatch" in note for note in getattr(error, "__notes__", ())):
+        return
+    for words, find in _KINDS:
+        if words in str(error):
+            try:
+                note = find(str(error), inspection, model)
+            except Exception as failure:  # noqa: BLE001 -- ours, never the user's problem
+                inspection.trace.give_up(failure)
+                return
+            if note:
+                error.add_note(f"GradWatch: {note}")
+            return
+
+
+def _no_history(message: str, inspection: Inspection, model: nn.Module) -> str | None:
+    """Explain a loss that was computed from nothing that wants a gradient."""
+    del message
+    parameters = inspection.parameters
+    wanting = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    if not wanting:
+        place = _first_freezing(model)
+        return _words.error_note("all_frozen", place)
+    found = inspection.diagnose(dict.fromkeys(wanting, Status.MISSING), 0)
+    told = next((d for d in found if d.site is not None), found[0] if found else None)
+    if told is None:
+        return None
+    return _words.error_note("no_history", None) + "\n\n" + explain.render(told, tuple(parameters))
+
+
+def _first_freezing(model: nn.Module) -> str | None:
+    for module in model.modules():
+        if not type(module).__module__.startswith("torch."):
+            statements = _source.freezings(type(module))
+            if statements:
+                return _statement(statements[0])
+    return None
+
+
+def _overwritten(message: str, inspection: Inspection, model: nn.Module) -> str | None:
+    """Explain a tensor that was saved for backward and changed before."""
+    del model
+    trace = inspection.trace
+    found = re.search(
+        r"\[(?:torch\.)?\S+ \[(.*?)\]\](?:, which is output \d+ of (\w+),)? is at version (\d+); "
+        r"expected version (\d+)",
+        message,
+    )
+    if found is None:
+        return None
+    shape = tuple(int(size) for size in found[1].split(",") if size.strip())
+    node, expected = found[2], int(found[4])
+    writes = [w for w in trace.writes if w.shape == shape and w.version > expected]
+    best = [w for w in writes if w.node == node] or [w for w in writes if w.node is not None]
+    if not best and trace.steps:
+        place, _ = trace.steps[-1]
+        return _words.error_note("optimizer_stepped", _at(place), node)
+    chosen = (best or writes)[:1]
+    if not chosen:
+        return None
+    return _words.error_note("overwritten", _at(chosen[0].place), node, chosen[0].operation)
+
+
+def _twice(message: str, inspection: Inspection, model: nn.Module) -> str | None:
+    """Explain a graph that an earlier backward pass has freed."""
+    del message
+    trace = inspection.trace
+    for op in trace.ops:
+        if op.kind is Kind.LINK and op.place is None:
+            kept = _kept_in(model, trace, op)
+            if kept is not None:
+                where, name = kept
+                return _words.error_note("kept", where, f" (`{name}`)")
+            reader = next(
+                (o for o in trace.ops[op.index :] if set(op.outputs) & set(o.inputs)), None
+            )
+            if reader is not None:
+                return _words.error_note("kept", _at(reader.place), "")
+    passes = [backward for backward in trace.backwards if backward.accumulates]
+    if len(passes) > 1:
+        first, second = (_at(backward.place) for backward in passes[-2:])
+        return _words.error_note("twice", f"{first} (the earlier one)\n  --> {second}")
+    return _words.error_note("twice", _at(passes[-1].place)) if passes else None
+
+
+def _kept_in(model: nn.Module, trace: Trace, op: Op) -> tuple[str, str] | None:
+    """Return the statement that keeps a tensor of an earlier pass on a module, and its name."""
+    known = trace.foreign.get(op.index)
+    tensor = None if known is None else known()
+    if tensor is None:
+        return None
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if value is tensor or (
+                isinstance(value, (list, tuple, dict)) and _holds(value, tensor)
+            ):
+                statements = _source.attribute_assignments(type(module), name)
+                if statements:
+                    return _statement(statements[-1]), f"{path}.{name}" if path else name
+    return None
+
+
+def _holds(container: Any, tensor: Any) -> bool:
+    items = container.values() if isinstance(container, dict) else container
+    return any(item is tensor for item in items)
+
+
+def _failing(kind: str) -> Callable[[str, Inspection, nn.Module], str | None]:
+    """Explain an error by the call that raised it."""
+
+    def find(message: str, inspection: Inspection, model: nn.Module) -> str | None:
+        del message, model
+        failed = inspection.trace.failed
+        if failed is None or failed[0] is None:
+            return None
+        return _words.error_note(kind, _at(failed[0]))
+
+    return find
+
+
+def _statement(statement: _source.Statement) -> str:
+    return _words.place(Site(statement.file, statement.line, source=statement.text))
+
+
+def _at(place: _frames.Place | None) -> str | None:
+    site = _frames.site_of(place)
+    return None if site is None else _words.place(site)
+
+
+_KINDS: tuple[tuple[str, Callable[[str, Inspection, nn.Module], str | None]], ...] = (
+    ("does not require grad and does not have a grad_fn", _no_history),
+    ("modified by an inplace operation", _overwritten),
+    ("Trying to backward through the graph a second time", _twice),
+    ("a leaf Variable that requires grad is being used in an in-place", _failing("leaf_in_place")),
+    ("a view of a leaf Variable that requires grad", _failing("leaf_in_place")),
+    ("invalid index of a 0-dim tensor", _failing("index_of_scalar")),
+    ("can be implicitly created only for scalar outputs", _failing("not_scalar")),
+    ("Inference tensors cannot be saved for backward", _failing("inference")),
+    ("Inplace update to inference tensor", _failing("inference")),
+    ("is not implemented", _failing("no_derivative")),
+)

@@ -1,0 +1,186 @@
+"""Who got a gradient, and how large it is: the watching gear's two passes over ``.grad``.
+
+What this room knows that no other does: that ``.grad is None`` says nothing by itself. A gradient left
+over from an earlier step, or zeros from ``zero_grad(set_to_none=False)``, is not one of this step. What
+tells is whether a backward pass changed ``.grad``: another object, or the same one with a higher
+version.
+
+Limits: gradients that an optimizer-in-backward or ZeRO takes away before backward ends are never seen
+here; with ``gradient_as_bucket_view`` all gradients of a bucket share one version.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
+
+from gradwatch.report import GradStats
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+_HALVES = {torch.float16, torch.bfloat16}
+
+
+class Sensor:
+    """Tell which parameters backward passes gave a gradient to.
+
+    Args:
+        parameters: The parameters by name.
+
+    Cost:
+        Two passes over ``.grad`` for each backward pass, about 0.1 microseconds a parameter each;
+        versions are read only where a gradient was held before. No kernel, no synchronization, and no
+        gradient is kept alive.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.names = tuple(parameters)
+        self._parameters = tuple(parameters.values())
+        self._held: dict[int, tuple[weakref.ref[Tensor], int]] | None = None
+        self._arrived: set[int] = set()
+
+    @property
+    def arrived(self) -> frozenset[str]:
+        """Names of those that were given a gradient since ``restart()``."""
+        return frozenset(self.names[position] for position in self._arrived)
+
+    def watches(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Tell whether these are the very parameters that are watched, under the same names."""
+        return self.names == tuple(parameters) and all(
+            known is given
+            for known, given in zip(self._parameters, parameters.values(), strict=True)
+        )
+
+    def before(self) -> None:
+        """Note what is there when a backward pass begins."""
+        self._held = {
+            position: (weakref.ref(gradient), _version(gradient))
+            for position, gradient in enumerate([p.grad for p in self._parameters])
+            if gradient is not None
+        }
+
+    def after(self) -> None:
+        """Add the parameters to which the pass gave a gradient to those of this step."""
+        if self._held is None:
+            return
+        held, self._held = self._held, None
+        for position, gradient in enumerate([p.grad for p in self._parameters]):
+            if gradient is None:
+                continue
+            known = held.get(position)
+            if known is None or known[0]() is not gradient or known[1] != _version(gradient):
+                self._arrived.add(position)
+
+    def missing(self) -> list[str]:
+        """Return the names of those that want a gradient and have none of this step."""
+        arrived = self._arrived
+        return [
+            name
+            for position, (name, parameter) in enumerate(
+                zip(self.names, self._parameters, strict=True)
+            )
+            if (position not in arrived or parameter.grad is None) and parameter.requires_grad
+        ]
+
+    def restart(self, names: Collection[str]) -> None:
+        """Begin a new step for the parameters of one optimizer."""
+        if len(names) == len(self.names):
+            self._arrived = set()
+        else:
+            chosen = frozenset(names)
+            self._arrived = {i for i in self._arrived if self.names[i] not in chosen}
+
+
+def _version(tensor: Tensor) -> int:
+    # FSDP2 moves the version of the local shard, not that of the DTensor around it.
+    local = getattr(tensor, "_local_tensor", tensor)
+    try:
+        return int(local._version)  # noqa: SLF001 -- no public counter tells of a write
+    except RuntimeError:  # inference tensors keep no version
+        return 0
+
+
+def is_lazy(parameter: Tensor) -> bool:
+    """Tell whether a parameter has no shape yet."""
+    return isinstance(parameter, UninitializedParameter)
+
+
+def measure(gradients: Mapping[str, Tensor], scale: float = 1.0) -> GradStats:
+    """Return the L2 norm of each gradient, and which are zero or not finite.
+
+    Half-precision gradients are summed in float32. Where a float32 sum of squares would leave the
+    range of its type, the norm is taken again in float64, so that "zero" and "not finite" speak of
+    the elements.
+
+    Args:
+        gradients: The gradients by name, of any shape, dtype, device, and layout.
+        scale: What they were multiplied with (a GradScaler's scale).
+
+    Cost:
+        One fused pass per device and one copy to the host per device; a second one only while some
+        norm is zero or not finite.
+
+    Example:
+        >>> measure({"weight": torch.tensor([3.0, 4.0])}).norms
+        {'weight': 5.0}
+    """
+    norms = _norms(gradients, wide=False)
+    doubtful = {
+        name: gradients[name]
+        for name, norm in norms.items()
+        if (norm == 0.0 or not math.isfinite(norm)) and gradients[name].numel()
+    }
+    if doubtful:
+        norms.update(_norms(doubtful, wide=True))
+    zero = frozenset(name for name in doubtful if norms[name] == 0.0)
+    nonfinite = frozenset(name for name in doubtful if not math.isfinite(norms[name]))
+    if scale != 1.0:
+        norms = {name: norm / scale for name, norm in norms.items()}
+    return GradStats(norms, zero, nonfinite, math.hypot(*norms.values()))
+
+
+def _norms(gradients: Mapping[str, Tensor], *, wide: bool) -> dict[str, float]:
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, gradient in gradients.items():
+        key = (gradient.device, gradient.dtype, _sum_dtype(gradient, wide=wide))
+        groups.setdefault(key, []).append(name)
+    by_device: dict[torch.device, tuple[list[str], list[Tensor]]] = {}
+    with torch.no_grad():
+        for (device, _, dtype), names in groups.items():
+            known, stacked = by_device.setdefault(device, ([], []))
+            known += names
+            stacked.append(torch.stack(_fused([_dense(gradients[n]) for n in names], dtype)))
+        return {
+            name: norm
+            for names, stacked in by_device.values()
+            for name, norm in zip(names, torch.cat(stacked).tolist(), strict=True)
+        }
+
+
+def _sum_dtype(gradient: Tensor, *, wide: bool) -> torch.dtype | None:
+    if wide:
+        return torch.complex128 if gradient.is_complex() else torch.float64
+    return torch.float32 if gradient.dtype in _HALVES else None
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Return a strided tensor with the same norm."""
+    if gradient.layout is torch.strided:
+        return gradient.detach()
+    if gradient.is_sparse:
+        return gradient.detach().coalesce().values()
+    return gradient.detach().to_dense()
+
+
+def _fused(gradients: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    # Private, and the only way to many norms in one kernel; without it each norm is one call.
+    fused = getattr(torch, "_foreach_norm", None)
+    if fused is None:
+        return [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in gradients]
+    return list(fused(list(gradients), 2, dtype=dtype))

@@ -1,0 +1,672 @@
+"""Where every value of one forward pass came from: the operations, their order, and their places.
+
+What this room knows that no other does: which operation of the user's program read which value, in
+which gradient mode, and at which instruction of which frame, also where autograd sees nothing (under
+``no_grad``, behind ``.detach()``, through ``argmax``). It follows values, not gradients: an edge stands
+for "was computed from". Whether a gradient would flow along it is noted beside it.
+
+How: a ``TorchFunctionMode`` sees each call that Python makes. It stores numbers only; tensors are held
+weakly, so that nothing lives longer than it would without a trace. Each operation's ``grad_fn`` carries
+the operation's number in its ``metadata``, which dies with the node: that leads from the autograd graph
+back to the source.
+
+Limits: operations that C++ makes on its own are seen through their ``grad_fn`` alone; code on other
+threads is not seen; a value that passes through a Python number is followed by ``_source``, not here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import weakref
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.overrides import TorchFunctionMode
+
+from gradwatch import _frames
+from gradwatch._calls import (
+    Kind,
+    Traits,
+    Wrapper,
+    dynamo_is_loaded,
+    find_wrapper,
+    public_name,
+    traits_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from gradwatch._frames import Place
+
+_traces = itertools.count()
+_log = logging.getLogger("gradwatch")
+
+
+@dataclass(slots=True)
+class Value:
+    """A tensor's content between two writes."""
+
+    producer: int | None = None
+    """Number of the operation that made it; None for what was there before."""
+    tracked: bool = False
+    """Whether it had a ``grad_fn``, or wanted a gradient as a leaf, when it was last looked at."""
+    parameter: str | None = None
+    """Name of the parameter whose content it is."""
+    alien: str | None = None
+    """Shape and dtype of a leaf that wants a gradient and is not registered in the model."""
+
+
+@dataclass(slots=True)
+class Op:
+    """One call, with the numbers of the values it read and made."""
+
+    index: int
+    func: Any
+    kind: Kind
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    place: Place | None
+    module: str | None
+    """Path of the innermost module of the user's own that was running; None for one not in the model."""
+    grad_mode: bool
+    wrapper: Wrapper | None = None
+    stack: tuple[tuple[Any, int], ...] = ()
+    """For an exit: all of the user's frames, the innermost first."""
+
+    @property
+    def name(self) -> str:
+        """The public name of what was called."""
+        return public_name(self.func)
+
+
+@dataclass(slots=True)
+class Backward:
+    """One backward pass that was seen."""
+
+    roots: tuple[int, ...]
+    """Values it started from."""
+    place: Place | None
+    accumulates: bool
+    """False for ``torch.autograd.grad``, which fills no ``.grad``."""
+    inputs: frozenset[int] | None = None
+    """``id`` of the tensors named by ``inputs=``; None when it was not given."""
+
+
+@dataclass(slots=True)
+class Write:
+    """A tensor changed in place: what an error about saved tensors is explained with."""
+
+    place: Place | None
+    shape: tuple[int, ...]
+    version: int
+    operation: str
+    node: str | None
+    """Name of the autograd node that had made the tensor before the write."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    ref: weakref.ref[Tensor]
+    value: int
+    version: int
+
+
+@dataclass(slots=True)
+class _Call:
+    """A call between its beginning and its end."""
+
+    func: Any
+    traits: Traits
+    args: tuple[Any, ...]
+    read: list[Tensor]
+    numbers: list[int]
+    node: str | None = None
+
+
+class BackwardListener:
+    """Whoever wants to be told of each backward pass that fills ``.grad``."""
+
+    def around_backward(self, roots: list[Tensor]) -> AbstractContextManager[None]:
+        """Surround a backward pass that starts from ``roots``."""
+        del roots
+        return nullcontext()
+
+    def before_step(self, written: frozenset[str]) -> None:
+        """Hear that an optimizer is about to write these parameters."""
+
+
+class Trace:
+    """Record the operations of everything that runs between ``start()`` and ``stop()``.
+
+    Nothing it does can end the user's program: when its own bookkeeping fails it stops recording, and
+    says why in ``broken``.
+
+    Args:
+        parameters: The tensors whose gradients are asked about, by name.
+        modules: The model's modules by path, for the names of the places.
+        listener: Told of each backward pass.
+
+    Cost:
+        About 5 microseconds an operation. No kernel, no synchronization, no random number.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        modules: Mapping[str, nn.Module],
+        listener: BackwardListener | None = None,
+    ) -> None:
+        self.ops: list[Op] = []
+        self.values: list[Value] = []
+        self.backwards: list[Backward] = []
+        self.writes: list[Write] = []
+        self.steps: list[tuple[Place | None, frozenset[str]]] = []
+        """Optimizer steps: where, and the parameters they wrote."""
+        self.clearings: dict[str, Place | None] = {}
+        """Where gradients were emptied since the last backward pass that filled them."""
+        self.failed: tuple[Place | None, Any] | None = None
+        """The call of the user's that raised, and its place."""
+        self.modules_run: set[str] = set()
+        self.foreign: dict[int, weakref.ref[Tensor]] = {}
+        """Tensors with a ``grad_fn`` that were made out of sight, by the operation that stands for it."""
+        self.recording = True
+        self.broken: Exception | None = None
+        self.tag = f"gradwatch {next(_traces)}"
+        """Key of the operation's number in an autograd node's metadata, another one for each trace."""
+        self._listener = listener or BackwardListener()
+        self._parameters = dict(parameters)
+        self._names = {id(tensor): name for name, tensor in parameters.items()}
+        self._paths = {id(module): path for path, module in modules.items()}
+        self._known: dict[int, _Entry] = {}
+        self._storages: dict[int, list[_Entry]] = {}
+        self._floats: dict[float, int] = {}
+        self._running: list[tuple[str | None, bool]] = []
+        self._fast_call: tuple[nn.Module, list[Tensor]] | None = None
+        self._grad_off_depth: int | None = None
+        self._was_recording = True
+        self._mode = _Mode(self)
+        self._inside = ExitStack()
+        for name, tensor in parameters.items():
+            self._register(tensor, Value(None, tensor.requires_grad, name))
+        for module in modules.values():
+            for buffer in module.buffers(recurse=False):
+                if id(buffer) not in self._known:
+                    self._register(buffer, Value())
+
+    # Life -------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to record; the mode is the innermost one from here on."""
+        self._inside.enter_context(_eager_regions())
+        self._inside.enter_context(self._mode)
+        for handle in (
+            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_hook(self._leave_module, always_call=True),
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        ):
+            self._inside.callback(handle.remove)
+
+    def leave(self) -> None:
+        """Take the mode and the hooks away until ``start()`` is called again."""
+        self._inside.close()
+        self._running.clear()
+
+    def stop(self) -> None:
+        """Stop for good, and let go of every tensor; what was recorded can still be read."""
+        self.leave()
+        self.recording = False
+        self._known.clear()
+        self._storages.clear()
+        self._parameters.clear()
+        self._fast_call = None
+        self._listener = BackwardListener()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing inside."""
+        recording, self.recording = self.recording, False
+        try:
+            yield
+        finally:
+            self.recording = recording and self.broken is None
+
+    def number_of(self, tensor: Tensor) -> int:
+        """Return the number of a tensor's present content."""
+        return self._read(tensor)
+
+    def give_up(self, error: Exception) -> None:
+        """Stop recording for good because of a failure of our own."""
+        self.recording = False
+        self.broken = error
+        _log.warning("this step could not be traced to its end", exc_info=error)
+
+    # Modules and optimizers ---------------------------------------------------------------------
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        try:
+            self._note_module(module, args)
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            self.give_up(error)
+
+    def _note_module(self, module: nn.Module, args: Any) -> None:
+        path = self._paths.get(id(module))
+        if path is not None:
+            self.modules_run.add(path)
+        if type(module).__module__.startswith("torch."):
+            path = self._running[-1][0] if self._running else ""
+        fast = self.recording and _has_fast_path(module) and _is_innermost(self._mode)
+        self._running.append((path, fast))
+        if fast:
+            # NOTE [Fast path] Any active function mode makes these modules take another way through
+            # C++ in eval mode, with other rounding: they run without the mode, as one operation.
+            self._fast_call = (module, list(_tensors((args,))))
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        del args
+        fast = self._running.pop()[1] if self._running else False
+        if not fast or self._fast_call is None:
+            return
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        (inner, read), self._fast_call = self._fast_call, None
+        try:
+            read.extend(inner.parameters())
+            call = _Call(type(module).forward, Traits(), (), read, [self._read(t) for t in read])
+            self._finish(call, output, sys._getframe(1))
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            self.give_up(error)
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if len(args) > 1 or kwargs.get("closure") is not None:
+            # The closure runs forward and backward inside of the step; what the optimizer does
+            # around it is told by its frames (``called``).
+            return
+        written = frozenset(
+            self._names[id(tensor)]
+            for group in optimizer.param_groups
+            for tensor in group["params"]
+            if id(tensor) in self._names
+        )
+        self.steps.append((_frames.here(sys._getframe(1)), written))
+        self._was_recording, self.recording = self.recording, False
+        self._listener.before_step(written)
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if not (len(args) > 1 or kwargs.get("closure") is not None):
+            self.recording = self._was_recording and self.broken is None
+        for group in optimizer.param_groups:
+            for tensor in group["params"]:
+                entry = self._known.get(id(tensor))
+                if entry is not None:
+                    entry.version = _version(tensor)
+
+    # Values ---------------------------------------------------------------------------------------
+
+    def _register(self, tensor: Tensor, value: Value) -> int:
+        number = len(self.values)
+        self.values.append(value)
+        entry = self._known[id(tensor)] = _Entry(weakref.ref(tensor), number, _version(tensor))
+        memory = _memory(tensor)
+        if memory:
+            self._storages.setdefault(memory, []).append(entry)
+        return number
+
+    def _read(self, tensor: Tensor) -> int:
+        entry = self._known.get(id(tensor))
+        if entry is None or entry.ref() is not tensor:
+            return self._discover(tensor)
+        value = self.values[entry.value]
+        if not value.tracked and tensor.requires_grad:
+            if value.parameter is not None:
+                value.tracked = True
+            elif not tensor.is_leaf:
+                return self._adopt(tensor, entry, value)
+        return entry.value
+
+    def _adopt(self, tensor: Tensor, entry: _Entry, value: Value) -> int:
+        """Note that a Function gave a tensor its ``grad_fn`` after the operations inside it ran."""
+        made = None if value.producer is None else self.ops[value.producer]
+        op = self._append(
+            torch.autograd.Function.apply,
+            Kind.LINK,
+            (entry.value, *self._linked(tensor.grad_fn)),
+            None if made is None else made.place,
+        )
+        op.wrapper = Wrapper.CUSTOM_FUNCTION if made is None else made.wrapper
+        entry.value = self._produce(tensor, op)
+        return entry.value
+
+    def _discover(self, tensor: Tensor) -> int:
+        """Number a tensor that the mode never saw made, and link it to what it came from."""
+        if tensor.grad_fn is not None:
+            inputs = self._linked(tensor.grad_fn)
+            op = self._append(torch.autograd.Function.apply, Kind.LINK, inputs, None)
+            self.foreign[op.index] = weakref.ref(tensor)
+            return self._produce(tensor, op)
+        alias = self._alias(tensor)
+        if alias is not None:
+            op = self._append(nn.Parameter, Kind.REWRAP, (alias,), None)
+            return self._produce(tensor, op)
+        wants = tensor.requires_grad
+        label = label_of(tensor) if wants else None
+        return self._register(tensor, Value(tracked=wants, alien=label))
+
+    def _alias(self, tensor: Tensor) -> int | None:
+        """Return the value over whose memory a leaf was put, where there is one."""
+        for entry in reversed(self._storages.get(_memory(tensor), ())):
+            # The memory of a dead tensor may have been given to a new one: only a leaf that wants a
+            # gradient is taken for its heir.
+            if entry.ref() is not None or isinstance(tensor, nn.Parameter):
+                return entry.value
+        return None
+
+    def _linked(self, node: Any) -> tuple[int, ...]:
+        """Return the values from which a node computes, by walking to the nearest known ones."""
+        found: dict[int, None] = {}
+        seen, todo = set(), [parent for parent, _ in node.next_functions if parent is not None]
+        while todo:
+            parent = todo.pop()
+            if parent in seen:
+                continue
+            seen.add(parent)
+            leaf = getattr(parent, "variable", None)
+            tag = parent.metadata.get(self.tag)
+            if leaf is not None:
+                found[self._read(leaf)] = None
+            elif tag is not None:
+                found.update(dict.fromkeys(self.ops[tag].outputs))
+            else:
+                todo.extend(up for up, _ in parent.next_functions if up is not None)
+        return tuple(found)
+
+    def _produce(self, tensor: Tensor, op: Op) -> int:
+        node: Any = tensor.grad_fn
+        if node is not None:
+            node.metadata[self.tag] = op.index
+        number = self._register(tensor, Value(op.index, node is not None))
+        op.outputs = (*op.outputs, number)
+        return number
+
+    # Operations -----------------------------------------------------------------------------------
+
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call of the user's program, and note what it read and made."""
+        traits = traits_of(func)
+        if traits.kind is Kind.IGNORED:
+            return func(*args, **kwargs)
+        frame = sys._getframe(2)
+        if _frames.is_optimizer(frame.f_code) and frame.f_code.co_name != "zero_grad":
+            return func(*args, **kwargs)
+        if traits.kind in {Kind.BACKWARD, Kind.GRAD}:
+            return self._backward(func, traits, args, kwargs)
+        try:
+            call = self._begin(func, traits, args, kwargs)
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            self.give_up(error)
+            return func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except Exception:
+            self.failed = (_frames.here(frame), func)
+            raise
+        try:
+            self._finish(call, result, frame)
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            self.give_up(error)
+        return result
+
+    def _begin(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: Any) -> _Call:
+        if traits.kind is Kind.SET_MODE:
+            self._note_mode(enable=args[0])
+        elif traits.kind is Kind.SET_GRAD:
+            if args[1] is None and args[0].grad is not None:
+                self._note_clearing(args[0])
+            return _Call(func, traits, args, [], [])
+        read = _read_by(args[1:] if traits.kind is Kind.SET_DATA else args, kwargs)
+        numbers = [self._read(tensor) for tensor in read]
+        if self._floats:
+            numbers += [self._floats[x] for x in _fractions(args) if x in self._floats]
+        call = _Call(func, traits, args, read, numbers)
+        if traits.writes and read and read[0].grad_fn is not None:
+            call.node = read[0].grad_fn.name()
+        return call
+
+    def _finish(self, call: _Call, result: Any, frame: Any) -> None:
+        kind, writes = call.traits.kind, call.traits.writes
+        if kind is Kind.EXIT:
+            self._leave_torch(call, result, frame)
+            return
+        if kind is Kind.SET_DATA:
+            made, writes = [call.args[0]], True
+        elif isinstance(result, Tensor):
+            made = [result]
+        elif result is None:
+            made = list(_tensors(call.args[:1])) if writes else []
+        else:
+            made = list(_tensors((result,)))
+        given = {id(tensor) for tensor in call.read}
+        made = [t for t in made if writes or id(t) not in given or self._moved(t)]
+        if not made:
+            return
+        numbers = () if kind is Kind.SHAPE_ONLY else tuple(call.numbers)
+        op = self._append(call.func, kind, numbers, _frames.here(frame))
+        if not op.grad_mode or frame.f_code.co_name == "__deepcopy__":
+            found = find_wrapper(frame, self._grad_off_depth)
+            if found is not None:
+                op.wrapper, op.place = found
+        for tensor in made:
+            if writes or id(tensor) in given:
+                self._written(tensor, op, call)
+            else:
+                self._produce(tensor, op)
+
+    def _append(self, func: Any, kind: Kind, inputs: tuple[int, ...], place: Place | None) -> Op:
+        module = self._running[-1][0] if self._running else ""
+        grad_mode = torch.is_grad_enabled()
+        op = Op(len(self.ops), func, kind, inputs, (), place, module, grad_mode)
+        self.ops.append(op)
+        return op
+
+    def _leave_torch(self, call: _Call, result: Any, frame: Any) -> None:
+        op = self._append(call.func, Kind.EXIT, tuple(call.numbers), _frames.here(frame))
+        op.stack = _frames.stack(frame)
+        op.outputs = (len(self.values),)
+        self.values.append(Value(op.index))
+        for number in _fractions(result):
+            self._floats[number] = op.outputs[0]
+
+    def _moved(self, tensor: Tensor) -> bool:
+        entry = self._known.get(id(tensor))
+        return entry is not None and entry.version != _version(tensor)
+
+    def _written(self, tensor: Tensor, op: Op, call: _Call) -> None:
+        """Give a tensor that was written in place, and every live alias of it, a new value."""
+        self.writes.append(Write(op.place, _shape(tensor), _version(tensor), op.name, call.node))
+        if op.name.endswith("zero_"):
+            self._note_clearing_of_gradient(tensor)
+        targets = [tensor]
+        if op.kind not in {Kind.SEVER, Kind.SET_DATA}:  # those change one tensor, not the memory
+            for entry in self._storages.get(_memory(tensor), ()):
+                alias = entry.ref()
+                if alias is not None and alias is not tensor:
+                    targets.append(alias)
+                    op.inputs = (*op.inputs, entry.value)
+        for target in targets:
+            self._rewrite(target, op)
+
+    def _rewrite(self, target: Tensor, op: Op) -> None:
+        known = self._known.get(id(target))
+        old = None if known is None or known.ref() is not target else self.values[known.value]
+        number = self._produce(target, op)
+        if old is not None and old.parameter is not None and target.is_leaf:
+            # Written under no_grad, a parameter stays the leaf whose gradient is asked about.
+            self.values[number].parameter = old.parameter
+            self.values[number].tracked = target.requires_grad
+
+    # Calls with a meaning of their own ------------------------------------------------------------
+
+    def _note_mode(self, *, enable: bool) -> None:  # noqa: FBT001
+        if enable:
+            self._grad_off_depth = None
+        elif torch.is_grad_enabled():
+            self._grad_off_depth = _frames.depth(sys._getframe(4))
+
+    def _note_clearing(self, parameter: Tensor) -> None:
+        name = self._names.get(id(parameter))
+        if name is not None:
+            self.clearings[name] = _frames.here(sys._getframe(4))
+
+    def _note_clearing_of_gradient(self, tensor: Tensor) -> None:
+        for name, parameter in self._parameters.items():
+            if parameter.grad is tensor:
+                self.clearings[name] = _frames.here(sys._getframe(4))
+
+    def _backward(
+        self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        place = _frames.here(sys._getframe(3))
+        accumulates = traits.kind is Kind.BACKWARD
+        try:
+            roots, inputs = _roots_and_inputs(func, args, kwargs)
+            numbers = tuple(self._read(root) for root in roots)
+            self.backwards.append(Backward(numbers, place, accumulates, inputs))
+            around = ExitStack()
+            if accumulates:
+                around.enter_context(self._listener.around_backward(roots))
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            self.give_up(error)
+            return func(*args, **kwargs)
+        with self.paused(), around:
+            try:
+                result = func(*args, **kwargs)
+            except Exception:
+                self.failed = (place, func)
+                raise
+        if accumulates:
+            return result
+        op = self._append(func, Kind.GRAD, numbers, place)
+        for tensor in _tensors((result,)):
+            self._produce(tensor, op)
+        return result
+
+
+class _Mode(TorchFunctionMode):
+    """Hands each call to the trace; popped while a call runs, so that its inside is not seen."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self._trace = weakref.ref(trace)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        trace = self._trace()
+        if trace is None or not trace.recording:
+            return func(*args, **(kwargs or {}))
+        return trace.called(func, args, kwargs or {})
+
+
+@contextmanager
+def _eager_regions() -> Iterator[None]:
+    """Run compiled regions eagerly inside, since the mode sees nothing of a compiled one."""
+    if not dynamo_is_loaded():
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _roots_and_inputs(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Tensor], frozenset[int] | None]:
+    """Return the tensors that a backward pass starts from, and the ``id`` of those it is for."""
+    positions = {Tensor.backward: 4, torch.autograd.backward: 5, torch.autograd.grad: 1}
+    position = positions[func]
+    first = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
+    inputs = args[position] if len(args) > position else kwargs.get("inputs")
+    named = None if inputs is None else frozenset(id(t) for t in _tensors((inputs,)))
+    return list(_tensors((first,))), named
+
+
+def _tensors(items: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors in arguments or results, also in nested lists and dicts."""
+    for item in items:
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, (list, tuple)):
+            yield from _tensors(item)
+        elif isinstance(item, dict):
+            yield from _tensors(item.values())
+
+
+def _read_by(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors that a call is given; most calls have no nested ones."""
+    read: list[Tensor] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            read.append(arg)
+        elif isinstance(arg, (list, tuple, dict)):
+            read.extend(_tensors((arg,)))
+    if kwargs:
+        read.extend(_tensors(kwargs.values()))
+    return read
+
+
+def _fractions(item: Any, limit: int = 1000) -> Iterator[float]:
+    """Yield the numbers that have a fraction: others are often equal by chance."""
+    if isinstance(item, float):
+        if item % 1.0:
+            yield item
+    elif isinstance(item, (list, tuple)):
+        for inner in item[:limit]:
+            yield from _fractions(inner, limit)
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except (RuntimeError, ValueError):  # inference tensors and lazy parameters keep none
+        return 0
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return the address of the tensor's memory, or 0 where there is none to compare."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError, ValueError):
+        return 0
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    try:
+        return tuple(tensor.shape)
+    except RuntimeError:  # a lazy parameter
+        return ()
+
+
+def label_of(tensor: Tensor) -> str:
+    """Return what a tensor must share with another that is used in its place."""
+    return f"{_shape(tensor)} {tensor.dtype}"
+
+
+def _has_fast_path(module: nn.Module) -> bool:
+    return not module.training and isinstance(
+        module, (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+    )
+
+
+def _is_innermost(mode: TorchFunctionMode) -> bool:
+    # Private: whether a mode of the user's lies on ours, which then may not be popped.
+    current = getattr(torch.overrides, "_get_current_function_mode", None)
+    return current is not None and current() is mode

@@ -1,0 +1,223 @@
+"""GradWatch for Lightning: hooks that call a ``Watcher``, and nothing else.
+
+What this room knows that no other does: Lightning. Which hook comes when, that it must work with the
+``Trainer`` of ``pytorch_lightning`` and of ``lightning.pytorch`` alike, and what of ours goes into a
+checkpoint. Every judgement is the watcher's.
+
+Limits: with ``loss.backward()`` in place of ``self.manual_backward()`` Lightning runs no hook; the step is
+then judged by what ``.grad`` holds when the optimizer steps.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping  # noqa: TC003 -- jsonargparse reads the annotations
+from pathlib import Path  # noqa: TC003 -- jsonargparse reads the annotations
+from typing import TYPE_CHECKING, Any
+
+from gradwatch.config import Config, load_config
+from gradwatch.report import Diagnosis, Report
+from gradwatch.sinks import Sink  # noqa: TC001 -- jsonargparse reads the annotations
+from gradwatch.watcher import Watcher
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, LightningModule, Trainer
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    _Bases = Callback
+else:
+    # NOTE [Two namespaces] `pytorch_lightning` and `lightning.pytorch` are two copies of the same
+    # classes. With both as bases, one class is a callback to either Trainer and either LightningCLI.
+    def _callbacks() -> tuple[type, ...]:
+        found = []
+        for name in ("pytorch_lightning", "lightning.pytorch"):
+            try:
+                found.append(importlib.import_module(name).Callback)
+            except ImportError:
+                continue
+        if not found:
+            message = (
+                "GradWatch needs pytorch-lightning or lightning: pip install pytorch-lightning"
+            )
+            raise ImportError(message)
+        return tuple(dict.fromkeys(found))
+
+    _Bases = type("_Bases", _callbacks(), {})
+
+
+class GradWatch(_Bases):
+    """Tell which parameters get no gradient, why, and at which expression of your source.
+
+    A diagnosis is printed the first time it is found, every parameter's status and norm go to the
+    Trainer's loggers, and the rules of the configuration warn, stop, or abort.
+
+    Args:
+        config: Configuration: a ``Config``, or the path of a YAML file. Without one, a diagnosis is
+            printed the first time it is found, ``disconnected`` warns at 10 steps, and nothing stops
+            the run. (In code, a mapping with the same keys works too.)
+        name: Name that tells several of these callbacks in one Trainer apart.
+        every_n_steps: Steps between measurements of norms, in place of the configuration's; by default
+            the Trainer's ``log_every_n_steps``.
+        for_steps: Steps without a gradient after which the rules over ``missing`` fire, in place of the
+            configuration's.
+        action: What these rules then do: ``log``, ``warn``, ``stop``, or ``abort``.
+        sinks: Objects with ``write(report)`` and ``close()`` that get every report too.
+
+    Raises:
+        ConfigError: The configuration cannot be used; the message shows every mistake with its place.
+
+    Cost:
+        On a step that is not logged, two passes over ``.grad``: no kernel, no synchronization. On a
+        logged step a fused norm and one copy to the host.
+
+    Example:
+        >>> from pytorch_lightning import Trainer
+        >>> trainer = Trainer(callbacks=[GradWatch(for_steps=5)], logger=False, max_epochs=1)
+    """
+
+    def __init__(
+        self,
+        config: Config | str | Path | None = None,
+        *,
+        name: str | None = None,
+        every_n_steps: int | None = None,
+        for_steps: int | None = None,
+        action: str | None = None,
+        sinks: Iterable[Sink] = (),
+    ) -> None:
+        super().__init__()
+        self.config = load_config(config).with_overrides(
+            every_n_steps=every_n_steps, for_steps=for_steps, action=action
+        )
+        self._name = name
+        self._given_sinks = tuple(sinks)
+        self._state: Mapping[str, Any] = {}
+        self._watcher: Watcher | None = None
+
+    @property
+    def report(self) -> Report:
+        """The newest report."""
+        return Report(step=0) if self._watcher is None else self._watcher.report
+
+    @property
+    def diagnoses(self) -> tuple[Diagnosis, ...]:
+        """Everything diagnosed so far, also what healed since."""
+        return () if self._watcher is None else self._watcher.diagnoses
+
+    @property
+    def state_key(self) -> str:
+        """The key of this callback's state in a checkpoint."""
+        return "GradWatch" if self._name is None else f"GradWatch:{self._name}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return counters and streaks as plain values, for a checkpoint."""
+        return dict(self._state) if self._watcher is None else self._watcher.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the counters and streaks of a checkpoint."""
+        self._state = dict(state_dict)
+        if self._watcher is not None:
+            self._watcher.load_state_dict(self._state)
+
+    # The hooks, in the order in which Lightning calls them ----------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin anew for each ``fit``; a checkpoint's state is loaded right after this."""
+        del trainer
+        if stage == "fit":
+            self._state = {}
+            self._watcher = Watcher(pl_module, self.config, sinks=self._given_sinks)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the run: now the optimizers exist."""
+        del pl_module
+        if self._watcher is not None:
+            self._watcher.begin(
+                trainer.optimizers,
+                loggers=trainer.loggers,
+                writes=trainer.is_global_zero,
+                every_n_steps=getattr(trainer, "log_every_n_steps", 50),  # set as an attribute only
+            )
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin a batch."""
+        del trainer, pl_module, batch, batch_idx
+        if self._watcher is not None:
+            self._watcher.begin_batch()
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Note that a backward pass is about to begin."""
+        del trainer, pl_module, loss
+        if self._watcher is not None:
+            self._watcher.before_backward()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that a backward pass has ended."""
+        del trainer, pl_module
+        if self._watcher is not None:
+            self._watcher.after_backward()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Judge the step before the optimizer writes."""
+        del pl_module
+        if self._watcher is not None:
+            self._watcher.before_step(optimizer, step=trainer.global_step)
+            if self._watcher.should_stop:
+                trainer.should_stop = True
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """End a batch."""
+        del trainer, pl_module, outputs, batch, batch_idx
+        self._end_batch()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the trace, where no batch end came."""
+        del trainer, pl_module
+        self._end_batch()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the trace: what validation runs is no part of a step."""
+        del trainer, pl_module
+        self._end_batch()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the run."""
+        del trainer, pl_module
+        self._close()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Clean up: after an exception Lightning calls no other hook."""
+        del trainer, pl_module
+        if self._watcher is not None:
+            self._watcher.interrupted(exception)
+        self._close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing behind."""
+        del trainer, pl_module
+        if stage == "fit":
+            self._close()
+
+    def _end_batch(self) -> None:
+        if self._watcher is not None:
+            self._watcher.end_batch()
+
+    def _close(self) -> None:
+        if self._watcher is not None:
+            self._watcher.close()

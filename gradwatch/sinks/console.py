@@ -1,0 +1,167 @@
+"""What is new, on stderr: each diagnosis once, each alert once, and once that something healed.
+
+It keeps clear of progress bars, which redraw their line over and over: the bar's line is cleared (tqdm is
+asked to step aside), and the block goes out in one piece. Rich's live displays print it above themselves,
+and wrap it as they do with all text; elsewhere nothing is wrapped. Colour is for terminals only, and
+nothing in a name is taken for markup. A stream that is gone is no reason to end a run: then it is silent.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from io import StringIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console, detect_legacy_windows
+from rich.text import Text
+
+from gradwatch.explain import healed, render
+from gradwatch.report import Action
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from gradwatch.report import Alert, Diagnosis, Report
+
+_COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
+_CLEAR_LINE = "\r\x1b[2K"
+_PARTS = re.compile(
+    r"(?P<frame>^ *-->|^ *\d* \||^ +=(?= \w+: ))(?P<carets> +\^+(?: .*)?$)?(?P<key> \w+:)?"
+)
+
+
+class ConsoleSink:
+    """Print what is new, in the form of compiler messages.
+
+    Alerts whose action is ``log`` are not printed: they are for the files.
+
+    Args:
+        stream: Where to print; None is whatever ``sys.stderr`` is at that time.
+        color: Whether to colour; None is on terminals that want it (``NO_COLOR``, ``TERM=dumb``).
+        names: All parameters of the model, so that whole modules can be named as one. Without them those
+            that the reports know are taken, which with several optimizers are not all at first.
+
+    Cost:
+        A look-up per diagnosis and report; about 1 ms for each that is printed.
+
+    Example:
+        >>> from gradwatch.report import Cause, Diagnosis, Report, Severity, Status
+        >>> found = Diagnosis(Severity.WARNING, Cause.UNUSED, Status.MISSING, ("head.weight",))
+        >>> ConsoleSink(sys.stdout, color=False).write(Report(step=0, diagnoses=(found,)))
+        <BLANKLINE>
+        warning[unused]: `head.weight` gets no gradient
+           = more: gradwatch explain unused
+    """
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        color: bool | None = None,
+        names: Iterable[str] = (),
+    ) -> None:
+        self._stream = stream
+        self._color = color
+        self._names = dict.fromkeys(names)
+        self._said: dict[tuple[Any, ...], bool] = {}
+        self._alerts: set[Alert] = set()
+
+    def write(self, report: Report) -> None:
+        """Print what this report says and none before it said."""
+        self._names |= dict.fromkeys(report.statuses)
+        blocks = [text for entry in report.diagnoses if (text := self._diagnosis(entry))]
+        for alert in report.alerts:
+            if alert.action is not Action.LOG and alert not in self._alerts:
+                self._alerts.add(alert)
+                blocks.append(render(alert, self._names))
+        if blocks:
+            self._print("\n\n".join(blocks))
+
+    def close(self) -> None:
+        """Do nothing: the stream is not ours."""
+
+    def _diagnosis(self, diagnosis: Diagnosis) -> str | None:
+        site = diagnosis.site
+        place = (site.file, site.line, site.column) if site else None
+        key = (diagnosis.cause, place, diagnosis.parameters)
+        is_healed = diagnosis.healed_at is not None
+        # Nobody needs to hear that something healed of which nothing was said.
+        if self._said.get(key, True) == is_healed:
+            return None
+        self._said[key] = is_healed
+        return healed(diagnosis, self._names) if is_healed else render(diagnosis, self._names)
+
+    def _print(self, block: str) -> None:
+        stream = self._stream or sys.stderr
+        if stream is None or getattr(stream, "closed", False):
+            return
+        try:
+            is_terminal = stream.isatty()
+            wants_color = is_terminal and _terminal_takes_color()
+            text = (
+                _coloured(block) if (wants_color if self._color is None else self._color) else block
+            )
+            # Off a terminal the bar's line cannot be cleared, only left.
+            text = f"{_CLEAR_LINE}{text}\n\n" if is_terminal else f"\n{text}\n"
+            with _bars_aside(stream):
+                stream.write(_encodable(text, stream))
+                stream.flush()
+        except (OSError, ValueError):  # closed in between, or the reader of the pipe is gone
+            return
+
+
+def _terminal_takes_color() -> bool:
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return not is_plain and not detect_legacy_windows()
+
+
+def _bars_aside(stream: TextIO) -> AbstractContextManager[None]:
+    """Clear tqdm's bars while something is printed; without tqdm there are none."""
+    bar = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    if bar is None:
+        return nullcontext()
+    aside: AbstractContextManager[None] = bar.external_write_mode(file=stream)
+    return aside
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def _coloured(block: str) -> str:
+    """Return the block with codes for colours, painted by what each line is."""
+    target = StringIO()
+    console = Console(
+        file=target,
+        force_terminal=True,
+        color_system="standard",
+        legacy_windows=False,
+        no_color=False,
+    )
+    text, colour = Text(), "default"
+    for line in block.splitlines(keepends=True):
+        severity = line.partition("[")[0]
+        if severity in _COLOURS:
+            colour = _COLOURS[severity]
+        text.append_text(_painted(line, colour))
+    console.print(text, soft_wrap=True, highlight=False, markup=False, emoji=False, end="")
+    return target.getvalue()
+
+
+def _painted(line: str, colour: str) -> Text:
+    text = Text(line)
+    frame = _PARTS.match(line)
+    if frame is None:
+        heading = re.match(r"\w+\[[^\]]*\]", line)
+        text.stylize(f"bold {colour}", 0, heading.end() if heading else 0)
+        return text
+    text.stylize("bold blue", *frame.span("frame"))
+    if frame["carets"]:
+        text.stylize(f"bold {colour}", *frame.span("carets"))
+    if frame["key"]:
+        text.stylize("bold", *frame.span("key"))
+    return text

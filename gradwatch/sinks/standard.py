@@ -1,0 +1,57 @@
+"""Which sinks a run has without being told: the console, its loggers, and what the configuration names.
+
+What this room knows that no other does: how to tell a TensorBoard logger from another without importing
+any trainer. Limits: a logger of one's own that only looks like TensorBoard's is taken for it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from gradwatch.sinks.console import ConsoleSink
+from gradwatch.sinks.jsonl import JsonLinesSink
+from gradwatch.sinks.logger import LoggerSink
+from gradwatch.sinks.tensorboard import TensorBoardSink
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+def standard_sinks(
+    *,
+    loggers: Iterable[Any] = (),
+    log_dir: str | os.PathLike[str] | None = None,
+    jsonl: str | None = None,
+    prefix: str = "gradwatch",
+    scalars: str | Sequence[str] = "auto",
+) -> list[Any]:
+    """Return the sinks of a run.
+
+    Args:
+        loggers: The trainer's loggers.
+        log_dir: Folder for a TensorBoard writer of our own, for loops without loggers.
+        jsonl: File that gets every report as one JSON line.
+        prefix: First part of every tag.
+        scalars: Parameters with scalars of their own in TensorBoard.
+
+    Raises:
+        ConfigError: ``jsonl`` cannot be written.
+    """
+    sinks: list[Any] = [ConsoleSink()]
+    if jsonl is not None:
+        sinks.append(JsonLinesSink(jsonl))
+    if log_dir is not None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        sinks.append(TensorBoardSink(SummaryWriter(os.fspath(log_dir)), prefix, scalars))
+    for logger in loggers:
+        if _is_tensorboard(logger):
+            sinks.append(TensorBoardSink(logger.experiment, prefix, scalars))
+        else:
+            sinks.append(LoggerSink(logger, prefix))
+    return sinks
+
+
+def _is_tensorboard(logger: Any) -> bool:
+    return any("TensorBoard" in base.__name__ for base in type(logger).__mro__)

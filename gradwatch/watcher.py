@@ -1,0 +1,644 @@
+"""What a training loop talks to: one diagnosed pass, or a whole watched run, in plain PyTorch.
+
+What this room knows that no other does: the order of things in a run. When a step begins and ends, when
+it is worth tracing, what was already said, and what must be gone when the run is over. It judges
+nothing itself: facts come from the rooms below, thresholds from ``rules``, words from ``explain``.
+
+A failure in here, or in anything it calls, never ends the user's run: it becomes one log record with
+the traceback, and the watcher switches itself off. Only a rule may stop a run.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
+
+from gradwatch import explain
+from gradwatch._diagnose import Inspection, not_in_optimizer, undetermined
+from gradwatch._names import Names, Owners, names_of
+from gradwatch._raised import add_note
+from gradwatch._stats import Sensor, is_lazy, measure
+from gradwatch.config import Config, load_config
+from gradwatch.errors import DisconnectedParameterError, GradientAlertError
+from gradwatch.report import Action, Cause, Diagnosis, GradStats, Report, Status
+from gradwatch.rules import Judge, Observation, matches, worst
+from gradwatch.sinks.standard import standard_sinks
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from types import TracebackType
+
+    from torch import Tensor, nn
+
+    from gradwatch.sinks import Sink
+
+MAX_TRACES = 10
+MAX_MICRO_BATCHES = 8
+
+_log = logging.getLogger("gradwatch")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _harmless(
+    method: Callable[Concatenate[Watcher, _P], _R],
+) -> Callable[Concatenate[Watcher, _P], _R | None]:
+    """Turn a failure of ours into one log record; let a rule's alert through."""
+
+    @functools.wraps(method)
+    def guarded(self: Watcher, *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
+        if self._off:
+            return None
+        try:
+            return method(self, *args, **kwargs)
+        except GradientAlertError:
+            raise
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            self._switch_off(error)
+            return None
+
+    return guarded  # type: ignore[return-value] -- the wrapper of functools, which is one
+
+
+class Watcher:
+    """Watch the gradients of a model through a whole run.
+
+    Nothing is written onto the model; hooks on optimizers are gone after the ``with`` block.
+
+    Args:
+        model: The module whose parameters are watched.
+        config: A ``Config``, a mapping, or the path of a YAML file; None for the defaults.
+        optimizers: Judge each step right before one of these writes; without any, at the end of
+            ``step()``.
+        log_dir: Folder for TensorBoard; None writes none.
+        sinks: Objects with ``write(report)`` and ``close()`` that get every report too.
+        every_n_steps: Steps between measurements of norms; None takes the configuration's.
+        for_steps: Steps without a gradient after which the rules over ``missing`` fire.
+        action: What those rules then do: ``"log"``, ``"warn"``, ``"stop"``, or ``"abort"``.
+
+    Raises:
+        ConfigError: The configuration cannot be used.
+
+    Cost:
+        On an unlogged step, passes over ``.grad`` alone: no kernel, no synchronization. On a logged one
+        a fused norm and one copy to the host. A traced step (at most 10 a run) costs about 5
+        microseconds an operation on top.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> with Watcher(model, optimizers=[optimizer]) as watcher:
+        ...     with watcher.step():
+        ...         model(torch.ones(1, 2)).sum().backward()
+        ...         optimizer.step()
+        >>> watcher.report.statuses["bias"]
+        <Status.OK: 'ok'>
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        *,
+        optimizers: Sequence[Any] = (),
+        log_dir: str | os.PathLike[str] | None = None,
+        sinks: Iterable[Sink] = (),
+        every_n_steps: int | None = None,
+        for_steps: int | None = None,
+        action: str | None = None,
+    ) -> None:
+        self.config = load_config(config).with_overrides(
+            every_n_steps=every_n_steps, for_steps=for_steps, action=action
+        )
+        self.report = Report(step=0)
+        self.should_stop = False
+        """Whether a rule with ``action: stop`` has fired."""
+        self._model = model
+        self._optimizers = tuple(optimizers)
+        self._log_dir = log_dir
+        self._given_sinks = tuple(sinks)
+        self._sinks: list[Sink] = []
+        self._every = self.config.log.every_n_steps or 50
+        self._ledger = _Ledger()
+        self._saved: Mapping[str, Any] = {}
+        self._steps = 0
+        self._batches = 0
+        self._off = False
+        self._plain = ExitStack()
+        self._inspection: Inspection | None = None
+        self._micro_batches = 0
+        self._traces = 0
+        self._wanted: set[str] = {"missing"} if self.config.trace == "auto" else set()
+        self._backwards = 0
+        self._stepped = False
+        self._judge: Judge | None = None
+
+    @property
+    def diagnoses(self) -> tuple[Diagnosis, ...]:
+        """Everything diagnosed so far, also what healed since."""
+        return self._ledger.everything
+
+    # A hand-written loop ------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self.begin(self._optimizers)
+        for optimizer in self._optimizers:
+            handle = optimizer.register_step_pre_hook(self._before_plain_step)
+            self._plain.callback(handle.remove)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        del kind, traceback
+        self._plain.close()
+        if error is not None:
+            self.interrupted(error)
+        self.close()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Surround one step of a hand-written loop: forward, any number of backwards, optimizer step.
+
+        Raises:
+            GradientAlertError: A rule with ``action: abort`` fired.
+        """
+        self.begin_batch()
+        self.before_backward()
+        try:
+            yield
+        except BaseException as error:
+            self.interrupted(error)
+            raise
+        if not self._optimizers:
+            self.after_backward()
+            self.before_step(None)
+        self.end_batch()
+
+    def _before_plain_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        del args, kwargs
+        self.after_backward()
+        self.before_step(optimizer)
+        self.before_backward()
+
+    # What an adapter calls, in this order -------------------------------------------------------
+
+    @_harmless
+    def begin(
+        self,
+        optimizers: Sequence[Any],
+        *,
+        loggers: Iterable[Any] = (),
+        writes: bool = True,
+        every_n_steps: int = 50,
+    ) -> None:
+        """Begin the run, once optimizers and loggers exist.
+
+        Args:
+            optimizers: All optimizers of the run.
+            loggers: Loggers of the trainer that get what their kind can show.
+            writes: Whether this process is the one that prints and writes.
+            every_n_steps: Steps between measurements where the configuration does not say.
+        """
+        self._optimizers = tuple(optimizers)
+        self._every = self.config.log.every_n_steps or max(every_n_steps, 1)
+        if writes:
+            self._sinks = standard_sinks(
+                loggers=loggers,
+                log_dir=self._log_dir,
+                jsonl=self.config.log.jsonl,
+                prefix=self.config.tensorboard.prefix,
+                scalars=self.config.tensorboard.scalars,
+            )
+        self._sinks += self._given_sinks
+        self._look_at_model()
+        self._judge = Judge(
+            self.config.rules, self.config.contract, self._names.aliases, self._names.parameters
+        )
+        self._judge.load_state_dict(self._saved.get("judge", {}))
+
+    @_harmless
+    def begin_batch(self) -> None:
+        """Begin a batch: trace it when there is something to find out."""
+        self._stepped = False
+        if self._inspection is None and self._wanted and self._traces < MAX_TRACES:
+            self._look_at_model()
+            self._traces += 1
+            self._micro_batches = 0
+            sizes = "sizes" in self._wanted
+            self._wanted.clear()
+            self._inspection = Inspection(self._names.parameters, self._names.modules, sizes=sizes)
+        if self._inspection is not None and self._micro_batches < MAX_MICRO_BATCHES:
+            self._micro_batches += 1
+            self._inspection.start()
+
+    @_harmless
+    def before_backward(self) -> None:
+        """Note that a backward pass is about to begin."""
+        self._sensor.before()
+
+    @_harmless
+    def after_backward(self) -> None:
+        """Note that a backward pass has ended."""
+        self._sensor.after()
+        self._backwards += 1
+
+    @_harmless
+    def before_step(self, optimizer: Any, *, step: int | None = None) -> None:
+        """Judge a step, right before its optimizer writes.
+
+        Args:
+            optimizer: The optimizer that is about to step; None judges all parameters.
+            step: Optimizer steps before this one; None counts them here.
+
+        Raises:
+            GradientAlertError: A rule with ``action: abort`` fired.
+        """
+        if self._judge is None or not self._anything_ran():
+            return
+        if self._owners.changed():
+            self._look_at_model()
+        self._steps = self._steps if step is None else step
+        covered = self._owners.covered(optimizer)
+        report = self._judged(covered, self._owners.position(optimizer))
+        self._sensor.restart(covered)
+        self._steps += 1
+        self._stepped = True
+        if report is not None:
+            self._deliver(report)
+
+    @_harmless
+    def end_batch(self) -> None:
+        """End a batch: leave the trace, and write what belongs to the batch."""
+        if self._inspection is not None:
+            self._inspection.leave()
+            if self._stepped:
+                self._inspection.stop()
+                self._inspection = None
+        if self._stepped:
+            self._backwards = 0
+            self._batches += 1
+            for sink in self._sinks:
+                flush = getattr(sink, "flush", None)
+                if flush is not None:
+                    flush()
+
+    def interrupted(self, error: BaseException) -> None:
+        """Clean up after an exception of the user's, and add a note on its cause where one is known."""
+        inspection, self._inspection = self._inspection, None
+        if inspection is not None:
+            inspection.stop()
+            if isinstance(error, Exception) and not isinstance(error, GradientAlertError):
+                add_note(error, inspection, self._model)
+
+    def close(self) -> None:
+        """End the run: nothing of GradWatch's is left on the model or in torch."""
+        if self._inspection is not None:
+            self._inspection.stop()
+            self._inspection = None
+        self._off = True
+        sinks, self._sinks = self._sinks, []
+        for sink in sinks:
+            try:
+                sink.close()
+            except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+                _log.warning("a sink could not be closed", exc_info=error)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return counters and streaks as plain values."""
+        judge = self._saved.get("judge", {}) if self._judge is None else self._judge.state_dict()
+        return {"version": 1, "steps": self._steps, "batches": self._batches, "judge": judge}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up counters and streaks; called before or after ``begin()``."""
+        self._saved = dict(state)
+        self._steps = int(state.get("steps", 0))
+        self._batches = int(state.get("batches", 0))
+        if self._judge is not None:
+            self._judge.load_state_dict(self._saved.get("judge", {}))
+
+    # One step -----------------------------------------------------------------------------------
+
+    def _look_at_model(self) -> None:
+        """Take the parameters and their owners as they are now; what arrived so far is kept."""
+        self._names = _watched(names_of(self._model), self.config)
+        self._owners = Owners(self._names, self._optimizers)
+        known = getattr(self, "_sensor", None)
+        if known is None or not known.watches(self._names.parameters):
+            self._sensor = Sensor(self._names.parameters)
+
+    def _anything_ran(self) -> bool:
+        seen = self._inspection is not None and self._inspection.passes
+        return bool(self._backwards or seen)
+
+    def _judged(self, covered: tuple[str, ...], position: int) -> Report | None:
+        logged = (self._batches + 1) % self._every == 0
+        inspection = self._inspection
+        facts = self._facts(covered, measured=logged or inspection is not None)
+        observation = Observation(
+            self._steps,
+            covered,
+            facts.missing,
+            facts.frozen,
+            facts.unseen,
+            logged,
+            facts.statuses if logged else {},
+            facts.stats.norms if logged else {},
+        )
+        assert self._judge is not None  # noqa: S101
+        alerts = self._judge.observe(observation)
+        healed = self._ledger.heal(covered, facts, self._steps)
+        found = self._diagnosed(covered, facts)
+        self._plan(facts)
+        if not (logged or alerts or healed or found):
+            return None
+        return Report(
+            step=self._steps,
+            optimizer=position,
+            logged=logged,
+            statuses=facts.complete(covered),
+            norms=facts.stats.norms if logged else {},
+            total_norm=facts.stats.total if logged else None,
+            aliases=self._names.aliases,
+            diagnoses=self._ledger.holding,
+            alerts=alerts,
+            batch=self._batches,
+        )
+
+    def _facts(self, covered: tuple[str, ...], *, measured: bool) -> _Facts:
+        parameters = self._names.parameters
+        chosen = frozenset(covered)
+        absent = [name for name in self._sensor.missing() if name in chosen]
+        if self._inspection is not None:
+            emptied = self._inspection.cleared & chosen
+            absent += [name for name in covered if name in emptied and name not in absent]
+        unseen = [name for name in absent if is_lazy(parameters[name])]
+        facts = _Facts(
+            missing=[name for name in absent if name not in unseen],
+            frozen=[name for name in covered if not parameters[name].requires_grad],
+            unseen=unseen,
+        )
+        if measured:
+            facts.measure({name: parameters[name] for name in covered})
+        return facts
+
+    def _diagnosed(self, covered: tuple[str, ...], facts: _Facts) -> bool:
+        """Add what this step shows to what is known; return whether it is news."""
+        new = self._ledger.unknown(facts.bad, facts.statuses)
+        meant = [name for name in new if self._needs_a_gradient(name)]
+        found: list[Diagnosis] = []
+        orphans = [name for name in self._owners.orphans if name in covered]
+        if self._owners.known and not self._ledger.knows_orphans:
+            self._ledger.knows_orphans = True
+            wanting = [name for name in orphans if self._names.parameters[name].requires_grad]
+            statuses = facts.complete(covered)
+            found += not_in_optimizer(
+                [name for name in wanting if self._needs_a_gradient(name)], statuses, self._steps
+            )
+        explained = {name for diagnosis in found for name in diagnosis.parameters}
+        open_ = {name: facts.statuses[name] for name in meant if name not in explained}
+        if self._inspection is not None:
+            if not self._inspection.sizes:
+                open_ = {n: status for n, status in open_.items() if status is Status.MISSING}
+            found += self._inspection.diagnose(open_, self._steps)
+        elif self.config.trace == "never" and open_:
+            found += undetermined(open_, self._steps)
+        self._ledger.add(found)
+        return bool(found)
+
+    def _needs_a_gradient(self, name: str) -> bool:
+        entry = None if self._judge is None else self._judge.contract_for(name)
+        return entry is None or entry.gradient == "required"
+
+    def _plan(self, facts: _Facts) -> None:
+        """Trace the next step when something is wrong that has no diagnosis yet."""
+        if self.config.trace == "never":
+            return
+        for name in self._ledger.unknown(facts.bad, facts.statuses):
+            if self._needs_a_gradient(name):
+                missing = facts.statuses[name] is Status.MISSING
+                self._wanted.add("missing" if missing else "sizes")
+
+    def _deliver(self, report: Report) -> None:
+        self.report = report
+        action = worst(report.alerts)
+        for sink in self._sinks:
+            sink.write(report)
+        if action is Action.STOP:
+            self.should_stop = True
+        elif action is Action.ABORT:
+            raise _alert_error(report, self._names.parameters)
+
+    def _switch_off(self, error: Exception) -> None:
+        self._off = True
+        try:
+            self.close()
+        finally:
+            _log.warning(
+                "GradWatch failed and has switched itself off; training goes on", exc_info=error
+            )
+
+
+class _Facts:
+    """What is known of one step's gradients."""
+
+    def __init__(self, missing: list[str], frozen: list[str], unseen: list[str]) -> None:
+        self.missing, self.frozen, self.unseen = missing, frozen, unseen
+        self.stats = GradStats({})
+        self.measured = False
+        self.statuses: dict[str, Status] = dict.fromkeys(missing, Status.MISSING)
+        self.bad: list[str] = list(missing)
+
+    def measure(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take the norms of the gradients that arrived."""
+        absent = {*self.missing, *self.frozen, *self.unseen}
+        gradients = {
+            name: parameter.grad
+            for name, parameter in parameters.items()
+            if name not in absent and parameter.grad is not None
+        }
+        self.stats = measure(gradients)
+        self.measured = True
+        self.statuses = self.complete(tuple(parameters))
+        self.bad = [
+            name
+            for name, status in self.statuses.items()
+            if status in {Status.MISSING, Status.ZERO, Status.NONFINITE}
+        ]
+
+    def complete(self, covered: Collection[str]) -> dict[str, Status]:
+        """Return the status of every covered parameter, in the model's order."""
+        known = (
+            dict.fromkeys(self.stats.zero, Status.ZERO)
+            | dict.fromkeys(self.stats.nonfinite, Status.NONFINITE)
+            | dict.fromkeys(self.frozen, Status.FROZEN)
+            | dict.fromkeys(self.missing, Status.MISSING)
+            | dict.fromkeys(self.unseen, Status.UNSEEN)
+        )
+        return {name: known.get(name, Status.OK) for name in covered}
+
+
+class _Ledger:
+    """Every diagnosis made, and which parameters they hold for."""
+
+    def __init__(self) -> None:
+        self._made: list[Diagnosis] = []
+        self._open: dict[str, tuple[Status, int]] = {}
+        self.knows_orphans = False
+
+    @property
+    def everything(self) -> tuple[Diagnosis, ...]:
+        return tuple(self._made)
+
+    @property
+    def holding(self) -> tuple[Diagnosis, ...]:
+        return tuple(d for d in self._made if d.healed_at is None)
+
+    def unknown(self, names: Iterable[str], statuses: Mapping[str, Status]) -> list[str]:
+        """Return those of the names whose status no diagnosis explains."""
+        return [
+            name
+            for name in names
+            if name not in self._open or self._open[name][0] is not statuses[name]
+        ]
+
+    def add(self, found: Iterable[Diagnosis]) -> None:
+        for diagnosis in found:
+            for name in diagnosis.parameters:
+                self._open[name] = (diagnosis.status, len(self._made))
+            self._made.append(diagnosis)
+
+    def heal(self, covered: Collection[str], facts: _Facts, step: int) -> bool:
+        """Close the diagnoses none of whose parameters shows its status any more."""
+        bad = set(facts.bad)
+        over = [
+            name
+            for name, (status, number) in self._open.items()
+            if name in covered
+            and name not in bad
+            and (facts.measured or status is Status.MISSING)
+            and self._made[number].cause is not Cause.NOT_IN_OPTIMIZER
+        ]
+        healed = False
+        for name in over:
+            _, number = self._open.pop(name)
+            if all(number != other for _, other in self._open.values()):
+                self._made[number] = replace(self._made[number], healed_at=step)
+                healed = True
+        return healed
+
+
+def _watched(names: Names, config: Config) -> Names:
+    """Leave out the parameters that the configuration excludes."""
+    if config.watch.include == ("*",) and not config.watch.exclude:
+        return names
+    chosen = {
+        name: parameter
+        for name, parameter in names.parameters.items()
+        if matches(config.watch.include, name, names.aliases.get(name, ()))
+        and not matches(config.watch.exclude, name, names.aliases.get(name, ()))
+    }
+    return Names(chosen, names.modules, names.aliases)
+
+
+def _alert_error(report: Report, names: Iterable[str]) -> GradientAlertError:
+    fatal = [alert for alert in report.alerts if alert.action is Action.ABORT]
+    concerned = {name for alert in fatal for name in alert.parameters}
+    diagnoses = [d for d in report.diagnoses if concerned.intersection(d.parameters)]
+    text = "\n\n".join(explain.render(part, tuple(names)) for part in [*fatal, *diagnoses])
+    disconnected = any(alert.status is Status.MISSING for alert in fatal)
+    kind = DisconnectedParameterError if disconnected else GradientAlertError
+    return kind(f"a rule ended the run\n\n{text}", report)
+
+
+class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagnosis:`
+    """Diagnose one pass: say afterwards which parameters got no gradient, why, and where.
+
+    Nothing is logged, and nothing stays behind: ``.grad``, buffers, random numbers and hooks are as they
+    would be without it. An exception of yours passes through unchanged, with a note on its cause.
+
+    Args:
+        model: The module whose parameters are asked about.
+
+    Cost:
+        About 10 microseconds an operation on top of the pass.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        >>> with diagnose(model) as diagnosis:
+        ...     model[1](model[0](torch.ones(1, 2)).detach()).sum().backward()
+        >>> [str(found.cause) for found in diagnosis.report.diagnoses]
+        ['detached']
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.report = Report(step=0)
+        self._model = model
+        self._inspection: Inspection | None = None
+        self._judged: dict[str, Status] = {}
+        self._norms: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        self._names = names_of(self._model)
+        self._inspection = Inspection(
+            self._names.parameters, self._names.modules, sizes=True, on_step=self._judge
+        )
+        self._inspection.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        del kind, traceback
+        inspection, self._inspection = self._inspection, None
+        if inspection is None:
+            return
+        if error is not None:
+            inspection.stop()
+            if isinstance(error, Exception):
+                add_note(error, inspection, self._model)
+            return
+        self._inspection = inspection
+        self._judge(frozenset(self._names.parameters))
+        self._inspection = None
+        inspection.stop()
+        statuses = {name: self._judged[name] for name in self._names.parameters}
+        self.report = Report(
+            step=0,
+            logged=True,
+            statuses=statuses,
+            norms=self._norms,
+            aliases=self._names.aliases,
+            diagnoses=inspection.diagnose(statuses, 0),
+        )
+
+    def _judge(self, written: frozenset[str]) -> None:
+        """Take the status of parameters that are about to be written, or that are left at the end."""
+        inspection = self._inspection
+        if inspection is None:
+            return
+        names = [n for n in self._names.parameters if n in written and n not in self._judged]
+        have = inspection.sensor.arrived - inspection.cleared
+        absent = {n for n in names if n not in have or self._names.parameters[n].grad is None}
+        wants = {n for n in names if self._names.parameters[n].requires_grad}
+        lazy = {n for n in absent if is_lazy(self._names.parameters[n])}
+        facts = _Facts(
+            [n for n in names if n in absent & wants - lazy],
+            [n for n in names if n not in wants],
+            [n for n in names if n in lazy & wants],
+        )
+        facts.measure({n: self._names.parameters[n] for n in names})
+        self._judged.update(facts.statuses)
+        self._norms.update(facts.stats.norms)
