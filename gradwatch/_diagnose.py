@@ -154,8 +154,11 @@ class Inspection(BackwardListener):
         lost = [name for name in missing if name not in flow.cuts and name not in flow.connected]
         exits = [op for op in self.trace.ops if op.kind is Kind.EXIT and flow.carries(op, lost)]
         linked = False
+        known: dict[object, Marks] = {}
         for leaving in exits:
-            marks = Marks(leaving.stack)
+            if leaving.stack not in known:
+                known[leaving.stack] = Marks(leaving.stack)
+            marks = known[leaving.stack]
             for op in self.trace.ops[leaving.index + 1 :]:
                 if op.place is None or op.kind is Kind.EXIT or leaving.outputs[0] in op.inputs:
                     continue
@@ -179,8 +182,9 @@ class Inspection(BackwardListener):
         if asked is not None:
             return asked
         for passed in self.passes:
-            for tag in passed.withholders(leaf):
-                return self._at(Cause.CUSTOM_FUNCTION, self._op(tag))
+            for node in passed.withholders(leaf):
+                cause = Cause.CUSTOM_FUNCTION if node.custom else Cause.NON_DIFFERENTIABLE
+                return self._at(cause, self._op(node.tag))
         if leaf in reached:
             return Finding(Cause.UNDETERMINED, notes=(_words.IN_THE_GRAPH,))
         return self._cut(name, flow) or self._broken(name)
@@ -234,8 +238,11 @@ class Inspection(BackwardListener):
     def _judge(self, cut: Cut) -> Finding:
         op = cut.op
         cause = _cause(op)
-        if cut.left_through is not None and cause in {Cause.DETACHED, Cause.NO_GRAD}:
-            return self._at(Cause.LEFT_TORCH, cut.left_through)
+        leaves = cut.left_through
+        if leaves is not None and (
+            cause in {Cause.DETACHED, Cause.NO_GRAD} or leaves.name == "torch.Tensor.__bool__"
+        ):
+            return self._at(Cause.LEFT_TORCH, leaves)
         if op.kind is Kind.REWRAP and op.place is None:
             return self._at(cause, self._first_reader(op) or op)
         return self._at(cause, op)

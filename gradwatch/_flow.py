@@ -193,7 +193,7 @@ class _Follower:
             for number, value in enumerate(self.values)
             if value.parameter in self.bits
         }
-        last: dict[str, tuple[tuple[bool, bool], int]] = {}
+        last: dict[str, tuple[tuple[bool, ...], int]] = {}
         for op in self.ops:
             for number in op.inputs:
                 name = wanted.get(number)
@@ -202,9 +202,9 @@ class _Follower:
             self._note_dropped(op, last)
         flow.dropped = {name: self.ops[index] for name, (_, index) in last.items()}
 
-    def _note_dropped(self, op: Op, last: dict[str, tuple[tuple[bool, bool], int]]) -> None:
+    def _note_dropped(self, op: Op, last: dict[str, tuple[tuple[bool, ...], int]]) -> None:
         """Keep per parameter the latest result that nothing but Python read again, tracked ones first."""
-        if op.place is None or op.place.by_trainer or op.kind is Kind.EXIT:
+        if op.place is None or op.place.by_trainer:
             return
         for number in op.outputs:
             mask = self.live[number] | self.dead[number]
@@ -212,7 +212,11 @@ class _Follower:
                 continue
             unused = not self._used(number)
             for name in self._members(mask):
-                rank = (bool(self.live[number] & self.bits[name]), unused)
+                rank = (
+                    op.kind is not Kind.EXIT,
+                    bool(self.live[number] & self.bits[name]),
+                    unused,
+                )
                 if name not in last or rank >= last[name][0]:
                     last[name] = (rank, op.index)
 

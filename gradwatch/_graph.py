@@ -46,7 +46,7 @@ class Passed:
 
     nodes: list[Node] = field(default_factory=list)
     withheld: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    """Per custom node the positions in its ``children`` that were given no gradient."""
+    """Per node the positions in its ``children`` that it gave no gradient; only hooked nodes are seen."""
     sizes: dict[tuple[int, int], float] = field(default_factory=dict)
     """Largest absolute value of the gradient handed on, by node and position; -1.0 if it was empty."""
 
@@ -63,11 +63,11 @@ class Passed:
         """Numbers of the forward operations that the graph leads to."""
         return {node.tag for node in self.nodes if node.tag >= 0}
 
-    def withholders(self, leaf: int) -> list[int]:
-        """Return the tags of custom nodes that withheld the gradient on the way to a leaf."""
+    def withholders(self, leaf: int) -> list[Node]:
+        """Return the nodes that withheld the gradient on the way to a leaf."""
         above = self._above(leaf)
         return [
-            self.nodes[number].tag
+            self.nodes[number]
             for number, positions in self.withheld.items()
             if any(self.nodes[number].children[position] in above for position in positions)
         ]
@@ -213,7 +213,7 @@ def _observer(passed: Passed, number: int, measured: dict[tuple[int, int], Any] 
             passed.broken = error
 
     def look(grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]) -> None:
-        if node.custom and any(gradient is not None for gradient in grad_outputs):
+        if any(gradient is not None for gradient in grad_outputs):
             missing = tuple(
                 position
                 for position, gradient in enumerate(grad_inputs)

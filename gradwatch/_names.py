@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Where torch's own wrappers keep what they wrap."""
 
+_HOMES = ("torch._dynamo.", "torch.distributed.")
+"""Where these wrappers are defined: a container of torch's may hold children of any name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Names:
@@ -38,7 +41,7 @@ def unwrap(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, (DistributedDataParallel, DataParallel)):
             inner = module.module
-        elif type(module).__module__.startswith("torch."):
+        elif type(module).__module__.startswith(_HOMES):
             inner = next(
                 (module.get_submodule(key) for key in _INNER if hasattr(module, key)),
                 None,

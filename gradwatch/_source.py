@@ -97,6 +97,7 @@ class Marks:
     def __init__(self, stack: Sequence[Step]) -> None:
         self.attributes: set[str] = set()
         self._functions: dict[CodeType, _Marked] = {}
+        self._answers: dict[Step, bool] = {}
         steps = [step for step in stack if step[0].co_name not in _INNER]
         inner = next(iter(stack), None)
         for code, instruction in steps:
@@ -113,6 +114,11 @@ class Marks:
 
     def hold(self, step: Step) -> bool:
         """Tell whether the expression at a step was computed from the value."""
+        if step not in self._answers:
+            self._answers[step] = self._holds(step)
+        return self._answers[step]
+
+    def _holds(self, step: Step) -> bool:
         code = step[0]
         node = function(code) if code.co_name not in _INNER else tree(code.co_filename)
         if node is None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
 _HALVES = {torch.float16, torch.bfloat16}
+_DOUBLES = {torch.float64, torch.complex128}
 
 
 class Sensor:
@@ -114,9 +115,9 @@ def is_lazy(parameter: Tensor) -> bool:
 def measure(gradients: Mapping[str, Tensor], scale: float = 1.0) -> GradStats:
     """Return the L2 norm of each gradient, and which are zero or not finite.
 
-    Half-precision gradients are summed in float32. Where a float32 sum of squares would leave the
-    range of its type, the norm is taken again in float64, so that "zero" and "not finite" speak of
-    the elements.
+    Half-precision gradients are summed in float32. Where a sum of squares would leave the range of its
+    type, the norm is taken again, in float64 or of elements scaled down, so that "zero" and "not
+    finite" speak of the elements.
 
     Args:
         gradients: The gradients by name, of any shape, dtype, device, and layout.
@@ -155,7 +156,10 @@ def _norms(gradients: Mapping[str, Tensor], *, wide: bool) -> dict[str, float]:
         for (device, _, dtype), names in groups.items():
             known, stacked = by_device.setdefault(device, ([], []))
             known += names
-            stacked.append(torch.stack(_fused([_dense(gradients[n]) for n in names], dtype)))
+            dense = [_dense(gradients[n]) for n in names]
+            far = wide and gradients[names[0]].dtype in _DOUBLES
+            norms = [_scaled(gradient) for gradient in dense] if far else _fused(dense, dtype)
+            stacked.append(torch.stack(norms))
         return {
             name: norm
             for names, stacked in by_device.values()
@@ -184,3 +188,12 @@ def _fused(gradients: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tenso
     if fused is None:
         return [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in gradients]
     return list(fused(list(gradients), 2, dtype=dtype))
+
+
+def _scaled(gradient: Tensor) -> Tensor:
+    """Return the norm of a float64 gradient whose squares may leave the range of float64."""
+    if not gradient.numel():
+        return torch.zeros((), dtype=torch.float64, device=gradient.device)
+    largest = torch.linalg.vector_norm(gradient, math.inf)
+    norm = torch.linalg.vector_norm(gradient / largest) * largest
+    return torch.where(torch.isfinite(largest) & (largest > 0), norm, largest)

@@ -372,7 +372,7 @@ def markdown(
         parts.append(f"### Alerts ({len(alerts)})")
         parts.append(_alert_table(sorted(alerts, key=lambda entry: -entry.step), statuses))
     parts.extend(_fenced(render(entry, statuses)) for entry in shown)
-    if len(parts) == 2:
+    if not (shown or alerts):
         parts.append("No problem found.")
     if len(newest) > len(shown):
         parts.append(f"{len(newest) - len(shown)} more findings are not shown.")
@@ -471,9 +471,9 @@ def _enumerate(names: Sequence[str]) -> str:
         words.append(f"{len(names) - _SHOWN_NAMES} more")
     if not words:
         return "no parameters"
-    if len(words) < 3:
-        return " and ".join(words)
-    return f"{', '.join(words[:-1])}, and {words[-1]}"
+    *rest, last = words
+    comma = "," if len(rest) > 1 else ""
+    return f"{', '.join(rest)}{comma} and {last}" if rest else last
 
 
 def _count(statuses: Mapping[str, Status]) -> str:

@@ -22,7 +22,7 @@ from gradwatch._names import Names, Owners, names_of
 from gradwatch._raised import add_note
 from gradwatch._stats import Sensor, is_lazy, measure
 from gradwatch.config import Config, load_config
-from gradwatch.errors import DisconnectedParameterError, GradientAlertError
+from gradwatch.errors import DisconnectedParameterError, GradientAlertError, GradWatchError
 from gradwatch.report import Action, Cause, Diagnosis, GradStats, Report, Status
 from gradwatch.rules import Judge, Observation, matches, worst
 from gradwatch.sinks.standard import standard_sinks
@@ -47,7 +47,7 @@ _R = TypeVar("_R")
 def _harmless(
     method: Callable[Concatenate[Watcher, _P], _R],
 ) -> Callable[Concatenate[Watcher, _P], _R | None]:
-    """Turn a failure of ours into one log record; let a rule's alert through."""
+    """Turn a failure of ours into one log record; let through what is raised on purpose."""
 
     @functools.wraps(method)
     def guarded(self: Watcher, *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
@@ -55,7 +55,7 @@ def _harmless(
             return None
         try:
             return method(self, *args, **kwargs)
-        except GradientAlertError:
+        except GradWatchError:
             raise
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self._switch_off(error)
@@ -136,6 +136,8 @@ class Watcher:
         self._wanted: set[str] = {"missing"} if self.config.trace == "auto" else set()
         self._backwards = 0
         self._stepped = False
+        self._written: set[str] = set()
+        self._last: tuple[int, int] | None = None
         self._judge: Judge | None = None
 
     @property
@@ -148,8 +150,10 @@ class Watcher:
     def __enter__(self) -> Self:
         self.begin(self._optimizers)
         for optimizer in self._optimizers:
-            handle = optimizer.register_step_pre_hook(self._before_plain_step)
-            self._plain.callback(handle.remove)
+            before = optimizer.register_step_pre_hook(self._before_plain_step)
+            after = optimizer.register_step_post_hook(self._after_plain_step)
+            self._plain.callback(before.remove)
+            self._plain.callback(after.remove)
         return self
 
     def __exit__(
@@ -178,16 +182,30 @@ class Watcher:
         except BaseException as error:
             self.interrupted(error)
             raise
-        if not self._optimizers:
-            self.after_backward()
+        self.after_backward()
+        if self._optimizers:
+            self._restart_written()
+        else:
             self.before_step(None)
         self.end_batch()
 
     def _before_plain_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        del args, kwargs
+        if not _has_closure(args, kwargs):
+            self._judge_plain_step(optimizer)
+
+    def _after_plain_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if _has_closure(args, kwargs):  # forward and backward ran inside of the step
+            self._judge_plain_step(optimizer)
+
+    def _judge_plain_step(self, optimizer: Any) -> None:
         self.after_backward()
         self.before_step(optimizer)
         self.before_backward()
+
+    @_harmless
+    def _restart_written(self) -> None:
+        """Forget changes of ``.grad`` after a step, such as ``zero_grad``; keep what accumulates."""
+        self._sensor.restart(self._written)
 
     # What an adapter calls, in this order -------------------------------------------------------
 
@@ -210,8 +228,10 @@ class Watcher:
         """
         self._optimizers = tuple(optimizers)
         self._every = self.config.log.every_n_steps or max(every_n_steps, 1)
+        self._look_at_model()
         if writes:
             self._sinks = standard_sinks(
+                tuple(self._names.parameters),
                 loggers=loggers,
                 log_dir=self._log_dir,
                 jsonl=self.config.log.jsonl,
@@ -219,7 +239,6 @@ class Watcher:
                 scalars=self.config.tensorboard.scalars,
             )
         self._sinks += self._given_sinks
-        self._look_at_model()
         self._judge = Judge(
             self.config.rules, self.config.contract, self._names.aliases, self._names.parameters
         )
@@ -229,6 +248,7 @@ class Watcher:
     def begin_batch(self) -> None:
         """Begin a batch: trace it when there is something to find out."""
         self._stepped = False
+        self._written = set()
         if self._inspection is None and self._wanted and self._traces < MAX_TRACES:
             self._look_at_model()
             self._traces += 1
@@ -266,10 +286,16 @@ class Watcher:
             return
         if self._owners.changed():
             self._look_at_model()
-        self._steps = self._steps if step is None else step
         covered = self._owners.covered(optimizer)
+        if step is not None:
+            again, self._last = self._last == (step, id(optimizer)), (step, id(optimizer))
+            if again:  # LBFGS evaluates its closure many times within one step
+                self._sensor.restart(covered)
+                return
+            self._steps = step
         report = self._judged(covered, self._owners.position(optimizer))
         self._sensor.restart(covered)
+        self._written.update(covered)
         self._steps += 1
         self._stepped = True
         if report is not None:
@@ -284,6 +310,7 @@ class Watcher:
                 self._inspection.stop()
                 self._inspection = None
         if self._stepped:
+            self._stepped = False  # an adapter may end a batch again
             self._backwards = 0
             self._batches += 1
             for sink in self._sinks:
@@ -293,17 +320,17 @@ class Watcher:
 
     def interrupted(self, error: BaseException) -> None:
         """Clean up after an exception of the user's, and add a note on its cause where one is known."""
-        inspection, self._inspection = self._inspection, None
-        if inspection is not None:
-            inspection.stop()
-            if isinstance(error, Exception) and not isinstance(error, GradientAlertError):
-                add_note(error, inspection, self._model)
+        inspection = self._stop_inspection()
+        if (
+            inspection is not None
+            and isinstance(error, Exception)
+            and not isinstance(error, GradientAlertError)
+        ):
+            add_note(error, inspection, self._model)
 
     def close(self) -> None:
         """End the run: nothing of GradWatch's is left on the model or in torch."""
-        if self._inspection is not None:
-            self._inspection.stop()
-            self._inspection = None
+        self._stop_inspection()
         self._off = True
         sinks, self._sinks = self._sinks, []
         for sink in sinks:
@@ -324,6 +351,16 @@ class Watcher:
         self._batches = int(state.get("batches", 0))
         if self._judge is not None:
             self._judge.load_state_dict(self._saved.get("judge", {}))
+
+    def _stop_inspection(self) -> Inspection | None:
+        """Stop the trace for good, and return it if there was one."""
+        inspection, self._inspection = self._inspection, None
+        if inspection is not None:
+            try:
+                inspection.stop()
+            except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+                _log.warning("a trace could not be stopped", exc_info=error)
+        return inspection
 
     # One step -----------------------------------------------------------------------------------
 
@@ -438,13 +475,15 @@ class Watcher:
             raise _alert_error(report, self._names.parameters)
 
     def _switch_off(self, error: Exception) -> None:
-        self._off = True
-        try:
-            self.close()
-        finally:
-            _log.warning(
-                "GradWatch failed and has switched itself off; training goes on", exc_info=error
-            )
+        self.close()
+        _log.warning(
+            "GradWatch failed and has switched itself off; training goes on", exc_info=error
+        )
+
+
+def _has_closure(args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether an optimizer's step was given a closure; the first argument is the optimizer."""
+    return len(args) > 1 or kwargs.get("closure") is not None
 
 
 class _Facts:
@@ -507,8 +546,12 @@ class _Ledger:
         return [
             name
             for name in names
-            if name not in self._open or self._open[name][0] is not statuses[name]
+            if name not in self._open
+            or not (self._open[name][0] is statuses[name] or self._is_orphan(name))
         ]
+
+    def _is_orphan(self, name: str) -> bool:
+        return self._made[self._open[name][1]].cause is Cause.NOT_IN_OPTIMIZER
 
     def add(self, found: Iterable[Diagnosis]) -> None:
         for diagnosis in found:

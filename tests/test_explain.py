@@ -1,10 +1,10 @@
 """Every word a user reads is asserted as the user reads it."""
 
-import io
 import subprocess
 import sys
 import unicodedata
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -430,8 +430,10 @@ def test_report():
         ("m", "1 parameter gets no gradient"),
         (
             "n zz uu o",
-            "1 parameter gets a gradient with NaN or infinity, 2 get a gradient of zero, "
-            "2 cannot be seen, 1 trains",
+            (
+                "1 parameter gets a gradient with NaN or infinity, 2 get a gradient of zero, "
+                "2 cannot be seen, 1 trains"
+            ),
         ),
         ("ff", "2 parameters are frozen"),
         ("ooo", "3 parameters train"),
@@ -469,15 +471,19 @@ def test_summary_line(statuses, expected):
             Cause.LEFT_TORCH,
             "torch.Tensor.__float__",
             ["w", "v"],
-            "go on with the tensor itself in place of `float`, or freeze them with "
-            "`requires_grad_(False)`",
+            (
+                "go on with the tensor itself in place of `float`, or freeze them with "
+                "`requires_grad_(False)`"
+            ),
         ),
         (
             Cause.NON_DIFFERENTIABLE,
             "torch.bucketize",
             ["a.w", "a.b"],
-            "use a differentiable operation in place of `bucketize`, or freeze `a` with "
-            "`requires_grad_(False)`",
+            (
+                "use a differentiable operation in place of `bucketize`, or freeze `a` with "
+                "`requires_grad_(False)`"
+            ),
         ),
         (
             Cause.NON_DIFFERENTIABLE,
@@ -490,6 +496,21 @@ def test_summary_line(statuses, expected):
             "torch.sqrt",
             ["w"],
             "keep the input of `sqrt` away from 0, for example with `clamp(min=1e-8)`",
+        ),
+        (
+            Cause.LEFT_TORCH,
+            "torch.Tensor.__float__",
+            ["m.w"],
+            (
+                "go on with the tensor itself in place of `float`, or freeze `m.w` with "
+                "`requires_grad_(False)`"
+            ),
+        ),
+        (
+            Cause.DETACHED,
+            "torch.Tensor.detach_",
+            ["w"],
+            "remove `.detach_()` to train it, or freeze `w` with `requires_grad_(False)`",
         ),
         (Cause.UNDETERMINED, None, ["w"], None),
     ],
@@ -511,7 +532,7 @@ def test_page(tmp_path, monkeypatch):
     """A cause is explained by its page."""
     (tmp_path / "causes").mkdir()
     (tmp_path / "causes" / "detached.md").write_text("# detached\n", encoding="utf-8")
-    monkeypatch.setattr(explain.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr(resources, "files", lambda _: tmp_path)
 
     assert explain.explain("detached") == "# detached\n"
     assert explain.explain(Cause.UNUSED) == (
@@ -521,7 +542,7 @@ def test_page(tmp_path, monkeypatch):
 
 def test_every_cause_has_a_summary(tmp_path, monkeypatch):
     """Every cause is explained in one line where no page is installed."""
-    monkeypatch.setattr(explain.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr(resources, "files", lambda _: tmp_path)
 
     assert [explain.explain(cause).partition(":")[0] for cause in Cause] == list(Cause)
 
@@ -549,19 +570,29 @@ def test_markdown():
             "## GradWatch, step 12",
             "**1 parameter gets no gradient**",
             "### Findings (3)",
-            "| Severity | Cause | Parameters | Place | Since |\n|---|---|---|---|---|\n"
-            "| warning | unused | w | not one line | step 5 |\n"
-            "| warning | detached | encoder.proj.weight and encoder.proj.bias "
-            "| net.py:12 in Encoder.forward | step 0 |\n"
-            "| warning | unused | v | not one line | step 7, healed at step 9 |",
+            (
+                "| Severity | Cause | Parameters | Place | Since |\n|---|---|---|---|---|\n"
+                "| warning | unused | w | not one line | step 5 |\n"
+                "| warning | detached | encoder.proj.weight and encoder.proj.bias "
+                "| net.py:12 in Encoder.forward | step 0 |\n"
+                "| warning | unused | v | not one line | step 7, healed at step 9 |"
+            ),
             "### Alerts (1)",
-            "| Severity | Rule | What | Step |\n|---|---|---|---|\n"
-            "| warning | exploding | grad norm of x is 1.3e&#43;04, above 1.0e&#43;02 | 1200 |",
+            (
+                "| Severity | Rule | What | Step |\n|---|---|---|---|\n"
+                "| warning | exploding | grad norm of x is 1.3e&#43;04, above 1.0e&#43;02 | 1200 |"
+            ),
             f"```\n{render(newer)}\n```",
             f"```\n{render(DETACHED)}\n```",
             f"```\n{render(gone)}\n```",
         ]
     )
+
+
+def test_markdown_of_a_healthy_run():
+    """Where nothing was found the markdown report says so."""
+    assert markdown([], {"w": Status.OK}, 7).splitlines()[-1] == "No problem found."
+    assert "No problem" not in markdown([], {"w": Status.OK}, 7, [EXPLODING])
 
 
 def test_markdown_of_hostile_names():
@@ -603,14 +634,6 @@ def test_current_folder_is_gone(monkeypatch):
     def gone():
         raise FileNotFoundError
 
-    monkeypatch.setattr(explain.Path, "cwd", gone)
+    monkeypatch.setattr(Path, "cwd", gone)
 
     assert render(plain(site=Site("/a/net.py", 3))).splitlines()[1] == " --> /a/net.py:3"
-
-
-def test_printing_fits_any_stream():
-    """What is rendered prints as it is, to a stream of text."""
-    stream = io.StringIO()
-    print(render(DETACHED), file=stream)  # noqa: T201 -- the claim
-
-    assert stream.getvalue() == render(DETACHED) + "\n"

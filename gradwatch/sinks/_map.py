@@ -84,11 +84,10 @@ class StatusMap:
         depth = deepest
         while depth and len(self._joined(depth)) > _ROWS:
             depth -= 1
-        if depth < deepest:
-            finer = _neighbours_joined(self._joined(depth + 1))
-            if len(finer) <= _ROWS:
-                return finer
-        return self._joined(depth)
+        rows = self._joined(depth)
+        # One level up may be one row for all layers: then runs of layers say more.
+        is_coarse = depth < deepest and len(rows) <= _ROWS // 2
+        return _neighbours_joined(self._joined(depth + 1)) if is_coarse else rows
 
     def draw(self) -> Picture | None:
         """Return the map as a PNG, or None without Pillow or before anything was added."""
@@ -135,15 +134,18 @@ class StatusMap:
         return small.convert("RGB").resize(size, image.Resampling.NEAREST)
 
     def _draw_axis(self, pen: Any, bottom: int) -> None:
-        end, ticks = _WIDTH - _MARGIN, 5
-        count = len(self._batches)
+        end, ticks, gap = _WIDTH - _MARGIN, 5, 16
+        count, free_from = len(self._batches), 0.0
+        free_to = end - pen.textlength(str(self._last))
         for column in sorted({count * tick // ticks for tick in range(ticks)}):
             x = _LABELS + (end - _LABELS) * column // count
             pen.line((x, bottom, x, bottom + 6), fill=_INK, width=2)
-            # The last batch stands at the right end: what would run into it is left out.
+            # The last batch stands at the right end: numbers that would touch it or each other are left out.
             label = str(self._batches[column])
-            if x + pen.textlength(label) + 16 < end - pen.textlength(str(self._last)):
+            label_end = x + pen.textlength(label) + gap
+            if x >= free_from and label_end < free_to:
                 pen.text((x, bottom + 10), label, fill=_INK)
+                free_from = label_end
         if count > 1:
             pen.text((end, bottom + 10), str(self._last), fill=_INK, anchor="ra")
         pen.text((_MARGIN, bottom + 10), "batch", fill=_INK)
@@ -159,8 +161,9 @@ def _neighbours_joined(rows: Mapping[str, bytes]) -> dict[str, bytes]:
     def runs_in(parent: str) -> int:
         return -(-len(families[parent]) // sizes[parent])
 
-    while sum(map(runs_in, families)) > max(_ROWS, len(families)):
-        sizes[max(families, key=runs_in)] += 1
+    while sum(map(runs_in, families)) > _ROWS:
+        most = max(map(runs_in, families))
+        sizes |= {parent: sizes[parent] + 1 for parent in families if runs_in(parent) == most}
     joined = {}
     for parent, family in families.items():
         for start in range(0, len(family), sizes[parent]):

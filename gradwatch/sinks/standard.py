@@ -15,20 +15,24 @@ from gradwatch.sinks.logger import LoggerSink
 from gradwatch.sinks.tensorboard import TensorBoardSink
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
+
+    from gradwatch.sinks import Sink
 
 
 def standard_sinks(
+    names: Collection[str],
     *,
     loggers: Iterable[Any] = (),
     log_dir: str | os.PathLike[str] | None = None,
     jsonl: str | None = None,
     prefix: str = "gradwatch",
     scalars: str | Sequence[str] = "auto",
-) -> list[Any]:
+) -> list[Sink]:
     """Return the sinks of a run.
 
     Args:
+        names: All parameter names, by which whole modules are recognised.
         loggers: The trainer's loggers.
         log_dir: Folder for a TensorBoard writer of our own, for loops without loggers.
         jsonl: File that gets every report as one JSON line.
@@ -38,19 +42,34 @@ def standard_sinks(
     Raises:
         ConfigError: ``jsonl`` cannot be written.
     """
-    sinks: list[Any] = [ConsoleSink()]
+    sinks: list[Sink] = [ConsoleSink(names=names)]
     if jsonl is not None:
         sinks.append(JsonLinesSink(jsonl))
     if log_dir is not None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        sinks.append(TensorBoardSink(SummaryWriter(os.fspath(log_dir)), prefix, scalars))
+        sinks.append(_OwnTensorBoardSink(log_dir, prefix, scalars))
     for logger in loggers:
         if _is_tensorboard(logger):
             sinks.append(TensorBoardSink(logger.experiment, prefix, scalars))
         else:
             sinks.append(LoggerSink(logger, prefix))
     return sinks
+
+
+class _OwnTensorBoardSink(TensorBoardSink):
+    """A TensorBoard sink whose writer is ours, and so is closed with it."""
+
+    def __init__(
+        self, log_dir: str | os.PathLike[str], prefix: str, scalars: str | Sequence[str]
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 -- half a second
+
+        self._own = SummaryWriter(os.fspath(log_dir))  # type: ignore[no-untyped-call]
+        super().__init__(self._own, prefix, scalars)
+
+    def close(self) -> None:
+        """Write what is pending, and close the writer."""
+        super().close()
+        self._own.close()  # type: ignore[no-untyped-call]
 
 
 def _is_tensorboard(logger: Any) -> bool:

@@ -1,0 +1,518 @@
+"""Small models with one gradient bug each, and healthy ones beside them: the table behind the engine's tests.
+
+A case is a module whose ``forward`` takes a batch of shape (4, 3) and returns the loss. ``expect`` maps
+each cause to the parameters it must be named for, ``# <- here`` marks the guilty line, and everything
+that ``expect`` does not name must get a gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+ENC = ("enc.weight", "enc.bias")
+HEAD = ("head.weight", "head.bias")
+
+
+class Case(nn.Module):
+    """An encoder and a head, of which subclasses use what they like."""
+
+    expect: dict[str, tuple[str, ...]] = {}
+    label: str | None = None
+    """What has to stand in one of the notes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc = nn.Linear(3, 3)
+        self.head = nn.Linear(3, 1)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Run the backward pass of the step."""
+        loss.backward()
+
+
+# Nothing wrong -------------------------------------------------------------------------------------
+
+
+class Healthy(Case):
+    def forward(self, x):
+        return self.head(torch.relu(self.enc(x)) + 0.1).mean()
+
+
+class DetachedForAMetric(Case):
+    def forward(self, x):
+        h = self.enc(x)
+        self.seen = h.detach().mean().item()
+        return self.head(h).mean()
+
+
+class StraightThrough(Case):
+    def forward(self, x):
+        h = self.enc(x)
+        return self.head(h + (h.round() - h).detach()).mean()
+
+
+class CheckpointWithoutReentry(Case):
+    def forward(self, x):
+        return self.head(checkpoint(self.enc, x, use_reentrant=False)).mean()
+
+
+class CheckpointWithGradInput(Case):
+    def forward(self, x):
+        return checkpoint(self.head, self.enc(x), use_reentrant=True).mean()
+
+
+class ScaledByFunction(Case):
+    def forward(self, x):
+        return self.head(Scale.apply(self.enc(x), 2.0)).mean()
+
+
+class GradientPenalty(Case):
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        out = self.head(torch.tanh(self.enc(x))).sum()
+        (slope,) = torch.autograd.grad(out, x, create_graph=True)
+        return slope.pow(2).mean() + out
+
+
+class Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x * factor
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+# unused --------------------------------------------------------------------------------------------
+
+
+class NeverCalled(Case):
+    expect = {"unused": ENC}
+    label = "module `enc` did not run"
+
+    def forward(self, x):
+        return self.head(x).mean()
+
+
+class ReadForItsShape(Case):
+    expect = {"unused": ENC}
+
+    def forward(self, x):
+        noise = torch.zeros_like(self.enc.weight)
+        return self.head(x + noise.sum() + self.enc.bias.shape[0]).mean()
+
+
+class ParameterOfAModuleThatRan(Case):
+    expect = {"unused": ("scale.unused",)}
+    label = "module `scale` ran"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = HalfUsed()
+
+    def forward(self, x):
+        return self.head(self.scale(self.enc(x))).mean()
+
+
+class HalfUsed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Parameter(torch.ones(3))
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return x * self.used
+
+
+# not_in_loss ---------------------------------------------------------------------------------------
+
+
+class OutputForgotten(Case):
+    expect = {"not_in_loss": ENC}
+
+    def forward(self, x):
+        aux = self.enc(x).pow(2)
+        aux.mean()  # <- here
+        return self.head(x).mean()
+
+
+class OnlyLogged(Case):
+    expect = {"not_in_loss": ENC}
+
+    def forward(self, x):
+        gate = torch.sigmoid(self.enc(x)).mean()  # <- here
+        self.history = [gate.item()]
+        return self.head(x).mean()
+
+
+class Overwritten(Case):
+    expect = {"not_in_loss": ENC}
+
+    def forward(self, x):
+        h = self.enc(x)  # <- here
+        h = x * 2
+        return self.head(h).mean()
+
+
+# detached ------------------------------------------------------------------------------------------
+
+
+class Detach(Case):
+    expect = {"detached": ENC}
+
+    def forward(self, x):
+        h = self.enc(x).detach()  # <- here
+        return self.head(h).mean()
+
+
+class Data(Case):
+    expect = {"detached": ENC}
+
+    def forward(self, x):
+        return self.head(self.enc(x).data).mean()  # <- here
+
+
+class DetachInPlace(Case):
+    expect = {"detached": ENC}
+
+    def forward(self, x):
+        h = self.enc(x)
+        h.detach_()  # <- here
+        return self.head(h).mean()
+
+
+class DetachInAHelper(Case):
+    expect = {"detached": ENC}
+
+    def forward(self, x):
+        return self.head(stop(self.enc(x))).mean()
+
+
+def stop(values):
+    return [value.detach() for value in (values,)][0]
+
+
+class TwoCutsOnOnePath(Case):
+    expect = {"detached": ENC}
+
+    def forward(self, x):
+        h = self.enc(x).detach()  # <- here
+        with torch.no_grad():
+            h = h * 2
+        return self.head(h).mean()
+
+
+class Rewrapped(Case):
+    expect = {"detached": ENC}
+
+    def forward(self, x):
+        h = nn.Parameter(self.enc(x))
+        return self.head(h).mean()  # <- here
+
+
+class DeepcopyOfATensor(Case):
+    expect = {"detached": ("enc.weight",)}
+
+    def forward(self, x):
+        weight = copy.deepcopy(self.enc.weight)  # <- here
+        return self.head(F.linear(x, weight, self.enc.bias)).mean()
+
+
+# no_grad -------------------------------------------------------------------------------------------
+
+
+class NoGradBlock(Case):
+    expect = {"no_grad": ENC}
+
+    def forward(self, x):
+        with torch.no_grad():
+            h = self.enc(x)  # <- here
+        return self.head(h).mean()
+
+
+class NoGradDecorator(Case):
+    expect = {"no_grad": ENC}
+
+    @torch.no_grad()
+    def encode(self, x):
+        return torch.relu(self.enc(x))  # <- here
+
+    def forward(self, x):
+        return self.head(self.encode(x)).mean()
+
+
+class SwitchedOff(Case):
+    expect = {"no_grad": ENC}
+
+    def forward(self, x):
+        with torch.set_grad_enabled(False):
+            h = self.enc(x)  # <- here
+        return self.head(h).mean()
+
+
+class InferenceMode(Case):
+    expect = {"no_grad": ENC}
+
+    def forward(self, x):
+        with torch.inference_mode():
+            h = self.enc(x)  # <- here
+        return self.head(h.clone()).mean()
+
+
+class GradOfGradForgotten(Case):
+    expect = {"no_grad": ENC}
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self.enc(x).pow(2).sum(), x)  # <- here
+        return self.head(slope).mean()
+
+
+class LossTermWithoutGradBesideADetach(Case):
+    """The term that is a constant of the loss is named, not the detach that feeds a trained head."""
+
+    expect = {"no_grad": ENC}
+
+    def forward(self, x):
+        h = self.enc(x)
+        with torch.no_grad():
+            term = h.pow(2).mean()  # <- here
+        return term + self.head(h.detach()).mean()
+
+
+# left_torch ----------------------------------------------------------------------------------------
+
+
+class Item(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        scale = self.enc(x).mean().item()  # <- here
+        return (self.head(x) * scale).mean()
+
+
+class ItemThroughArithmetic(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        scale = self.enc(x).mean().item()  # <- here
+        scale = 0.5 * math.tanh(scale)
+        return (self.head(x) * scale).mean()
+
+
+class NumpyRoundTrip(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        h = self.enc(x).detach().numpy()  # <- here
+        h = torch.from_numpy(np.clip(h, -1, 1))
+        return self.head(h).mean()
+
+
+class TensorOfValues(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        rows = [row.mean() for row in self.enc(x)]
+        rows = torch.tensor([row.detach() for row in rows])  # <- here
+        return (self.head(x).squeeze(1) * rows).mean()
+
+
+class BranchByValue(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        if self.enc(x).mean() > -100:  # <- here
+            x = x * 2
+        return self.head(x).mean()
+
+
+class ReturnedFloat(Case):
+    expect = {"left_torch": ENC}
+
+    def temperature(self, x):
+        return float(self.enc(x).exp().mean())  # <- here
+
+    def forward(self, x):
+        return (self.head(x) / self.temperature(x)).mean()
+
+
+# non_differentiable --------------------------------------------------------------------------------
+
+
+class Argmax(Case):
+    expect = {"non_differentiable": ENC}
+
+    def forward(self, x):
+        choice = self.enc(x).argmax(dim=1)  # <- here
+        return self.head(x[choice]).mean()
+
+
+class Comparison(Case):
+    expect = {"non_differentiable": ENC}
+
+    def forward(self, x):
+        mask = (self.enc(x) > 0).float()  # <- here
+        return self.head(x * mask).mean()
+
+
+class IndicesOfTopk(Case):
+    expect = {"non_differentiable": ENC}
+
+    def forward(self, x):
+        _, indices = self.enc(x).topk(2, dim=1)  # <- here
+        return self.head(x).mean() + x.gather(1, indices).mean()
+
+
+class IntegerCast(Case):
+    expect = {"non_differentiable": ENC}
+
+    def forward(self, x):
+        buckets = self.enc(x).abs().long()  # <- here
+        return self.head(F.one_hot(buckets.clamp(max=2), 3).float().mean(1)).mean()
+
+
+class Sampled(Case):
+    expect = {"non_differentiable": ENC}
+
+    def forward(self, x):
+        action = torch.distributions.Normal(self.enc(x), 1.0).sample()  # <- here
+        return self.head(action).mean()
+
+
+# custom_function -----------------------------------------------------------------------------------
+
+
+class ReturnsNone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y):
+        return x + y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad
+
+
+class FunctionWithoutGradient(Case):
+    expect = {"custom_function": ENC}
+
+    def forward(self, x):
+        return ReturnsNone.apply(self.enc(x), self.head(x)).mean()  # <- here
+
+
+class Marked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        out = x * 2
+        ctx.mark_non_differentiable(out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class FunctionMarkedItsOutput(Case):
+    expect = {"custom_function": ENC}
+
+    def forward(self, x):
+        return self.head(Marked.apply(self.enc(x))).mean()  # <- here
+
+
+# reentrant_checkpoint ------------------------------------------------------------------------------
+
+
+class CheckpointOfData(Case):
+    expect = {"reentrant_checkpoint": ENC}
+
+    def forward(self, x):
+        h = checkpoint(self.enc, x, use_reentrant=True)  # <- here
+        return self.head(h).mean()
+
+
+# cleared and not_requested -------------------------------------------------------------------------
+
+
+class ZeroedAfterBackward(Case):
+    expect = {"cleared": ENC}
+
+    def forward(self, x):
+        return self.head(self.enc(x)).mean()
+
+    def backward(self, loss):
+        loss.backward()
+        self.enc.zero_grad()  # <- here
+
+
+class FilledWithZeros(Case):
+    expect = {"cleared": ENC}
+
+    def forward(self, x):
+        return self.head(self.enc(x)).mean()
+
+    def backward(self, loss):
+        loss.backward()
+        self.enc.zero_grad(set_to_none=False)  # <- here
+
+
+class BackwardForSome(Case):
+    expect = {"not_requested": ENC}
+
+    def forward(self, x):
+        return self.head(self.enc(x)).mean()
+
+    def backward(self, loss):
+        loss.backward(inputs=list(self.head.parameters()))  # <- here
+
+
+class GradForOthers(Case):
+    expect = {"not_requested": (*ENC, *HEAD)}
+
+    def forward(self, x):
+        self.x = x.clone().requires_grad_()
+        return self.head(self.enc(self.x)).mean()
+
+    def backward(self, loss):
+        torch.autograd.grad(loss, self.x)  # <- here
+
+
+# replaced ------------------------------------------------------------------------------------------
+
+
+class DeepcopyOfAModule(Case):
+    expect = {"replaced": ENC}
+
+    def forward(self, x):
+        fast = copy.deepcopy(self.enc)  # <- here
+        return self.head(fast(x)).mean()
+
+
+class AliasOfAnOldWeight(Case):
+    expect = {"replaced": ("enc.weight",)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = [self.enc.weight]
+        self.enc.weight = nn.Parameter(self.enc.weight.detach().clone())
+
+    def forward(self, x):
+        h = F.linear(x, self.kept[0], self.enc.bias)  # <- here
+        return self.head(h).mean()
+
+
+def all_cases() -> list[type[Case]]:
+    """Return every case in this file, in its order."""
+    return [
+        value
+        for value in globals().values()
+        if isinstance(value, type) and issubclass(value, Case) and value is not Case
+    ]
