@@ -101,8 +101,22 @@ _BY_FUNCTION: dict[Any, Kind] = {
 _GETTERS = dict.fromkeys(("T", "mT", "H", "mH", "real", "imag"), Kind.PLAIN) | {"data": Kind.SEVER}
 _SETTERS = {"data": Kind.SET_DATA, "grad": Kind.SET_GRAD}
 _INPLACE_OPERATORS = frozenset(
-    f"__i{name}__"
-    for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul div".split()
+    [
+        "__iadd__",
+        "__isub__",
+        "__imul__",
+        "__itruediv__",
+        "__ifloordiv__",
+        "__imod__",
+        "__ipow__",
+        "__iand__",
+        "__ior__",
+        "__ixor__",
+        "__ilshift__",
+        "__irshift__",
+        "__imatmul__",
+        "__idiv__",
+    ]
 )
 _KNOWN: dict[Any, Traits] = {}
 

@@ -189,7 +189,7 @@ class Inspection(BackwardListener):
             return Finding(Cause.UNDETERMINED, notes=(_words.IN_THE_GRAPH,))
         return self._cut(name, flow) or self._broken(name)
 
-    def _not_requested(self, name: str, *, reached: bool) -> Finding | None:  # noqa: FBT001
+    def _not_requested(self, name: str, *, reached: bool) -> Finding | None:
         leaf = id(self.parameters[name])
         for backward in self.trace.backwards:
             left_out = backward.inputs is not None and leaf not in backward.inputs

@@ -517,7 +517,7 @@ class Trace:
 
     # Calls with a meaning of their own ------------------------------------------------------------
 
-    def _note_mode(self, *, enable: bool) -> None:  # noqa: FBT001
+    def _note_mode(self, *, enable: bool) -> None:
         if enable:
             self._grad_off_depth = None
         elif torch.is_grad_enabled():

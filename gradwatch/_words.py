@@ -1,16 +1,133 @@
-"""The sentences of notes: evidence beside a diagnosis, and what is added to an error of torch's.
+"""The wording of everything: verbs, labels and advice for each cause, notes, and notes on errors.
 
-Beside ``explain``, which renders, this room holds the wording of what the engine found out. Facts come in
-as values; nothing is looked up here. Standard library alone.
+Below ``explain``, which renders, this room holds the sentences, so that they can be read and mended in
+one place. Facts come in as values; nothing is looked up here. Standard library alone.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradwatch.report import Cause, Status
+
 if TYPE_CHECKING:
-    from gradwatch.report import Cause, Site
+    from collections.abc import Sequence
+
+    from gradwatch.report import Site
+
+# Singular and plural of what a status says now, and what it said in the past.
+VERBS = {
+    Status.OK: ("gets a gradient", "get a gradient", "got a gradient"),
+    Status.FROZEN: ("is frozen", "are frozen", "stayed frozen"),
+    Status.UNSEEN: ("cannot be seen", "cannot be seen", "could not be seen"),
+    Status.ZERO: ("gets a gradient of zero", "get a gradient of zero", "got a gradient of zero"),
+    Status.MISSING: ("gets no gradient", "get no gradient", "got no gradient"),
+    Status.NONFINITE: (
+        "gets a gradient with NaN or infinity",
+        "get a gradient with NaN or infinity",
+        "got a gradient with NaN or infinity",
+    ),
+}
+IN_NO_OPTIMIZER = ("is in no optimizer", "are in no optimizer")
+AGAIN = {
+    Status.FROZEN: ("is no longer frozen", "are no longer frozen"),
+    Status.ZERO: ("gets a gradient other than zero again", "get gradients other than zero again"),
+    Status.MISSING: ("gets a gradient again", "get a gradient again"),
+    Status.NONFINITE: ("gets a finite gradient again", "get a finite gradient again"),
+}
+TRAINS = ("trains", "train")
+LABELS = {
+    Cause.NOT_IN_LOSS: "the result goes nowhere",
+    Cause.DETACHED: "the result has no history",
+    Cause.NO_GRAD: "runs with gradient mode off",
+    Cause.LEFT_TORCH: "the value leaves torch here",
+    Cause.NON_DIFFERENTIABLE: "{word} has no derivative",
+    Cause.CUSTOM_FUNCTION: "its backward returns no gradient for it",
+    Cause.REENTRANT_CHECKPOINT: "no input of the checkpoint requires grad",
+    Cause.CLEARED: "the gradient is thrown away here",
+    Cause.NOT_REQUESTED: "this call does not ask for it",
+    Cause.REPLACED: "another tensor is used here",
+    Cause.ZERO_GRADIENT: "the gradient becomes zero here",
+    Cause.NONFINITE_GRADIENT: "the gradient becomes NaN or infinite here",
+}
+SUMMARIES = {
+    Cause.FROZEN: "`requires_grad` is False, so no gradient is computed.",
+    Cause.UNUSED: "No operation of the forward pass read the parameter.",
+    Cause.NOT_IN_LOSS: "The parameter was used, but nothing computed from it gets to the loss.",
+    Cause.DETACHED: "The path from the parameter to the loss is cut by `.detach()` or the like.",
+    Cause.NO_GRAD: "An operation on the path to the loss ran with gradient mode off.",
+    Cause.LEFT_TORCH: "The value left tensors for Python or NumPy, and came back as a constant.",
+    Cause.NON_DIFFERENTIABLE: "An operation without a derivative is on the way to the loss.",
+    Cause.CUSTOM_FUNCTION: "The backward of a `torch.autograd.Function` returned None for it.",
+    Cause.REENTRANT_CHECKPOINT: "A reentrant checkpoint had no input that requires grad.",
+    Cause.CLEARED: "A gradient arrived, and was emptied before the optimizer could use it.",
+    Cause.NOT_REQUESTED: "The backward pass was asked for the gradients of other tensors only.",
+    Cause.REPLACED: "The forward pass used another tensor than the registered parameter.",
+    Cause.NOT_IN_OPTIMIZER: "The parameter is in no parameter group of any optimizer.",
+    Cause.ZERO_GRADIENT: "A gradient arrived, and every element of it is 0.",
+    Cause.NONFINITE_GRADIENT: "A gradient arrived with NaN or infinity in it.",
+    Cause.UNDETERMINED: "No cause could be shown; the notes list what was ruled out.",
+}
+_STEP = "use a soft step, such as `sigmoid` of the difference, in place of the comparison"
+_SOFT = "use `softmax` of the scores as weights, so that the choice stays in the loss"
+_FLAT = "use another function there, whose derivative is not zero, or a straight-through estimator"
+_DEAD = (
+    "use `leaky_relu` or `gelu` in its place, or lower the learning rate: its inputs are negative"
+)
+_AWAY = "keep the input of {call} away from 0, for example with `clamp(min=1e-8)`"
+HELPS = {
+    Cause.FROZEN: "call `requires_grad_(True)` on {owner} to train {it}",
+    Cause.UNUSED: "use {owner} in `forward`, or {freeze}",
+    Cause.NOT_IN_LOSS: "let the loss depend on this result to train {it}, or {freeze}",
+    Cause.DETACHED: "remove {call} to train {it}, or {freeze}",
+    Cause.NO_GRAD: "run this with gradient mode on to train {it}, or {freeze}",
+    Cause.LEFT_TORCH: "go on with the tensor itself in place of {call}, or {freeze}",
+    Cause.NON_DIFFERENTIABLE: "use a differentiable operation in place of {call}, or {freeze}",
+    Cause.CUSTOM_FUNCTION: "return a gradient for every input that needs one from its `backward`",
+    Cause.REENTRANT_CHECKPOINT: "pass `use_reentrant=False` to `checkpoint`",
+    Cause.CLEARED: "clear gradients only after `optimizer.step()` has used them",
+    Cause.NOT_REQUESTED: "name {it} in the inputs of this call, or call `backward()` without `inputs`",
+    Cause.REPLACED: "compute with the parameter that is registered on the module, not with a copy",
+    Cause.NOT_IN_OPTIMIZER: "pass {it} to an optimizer, or {freeze}",
+    Cause.ZERO_GRADIENT: "look for a mask, a factor of zero, or a saturated input in this expression",
+    Cause.NONFINITE_GRADIENT: "keep the inputs of {call} where its derivative is finite",
+}
+HELPS_BY_OPERATION = {
+    (
+        Cause.DETACHED,
+        "Parameter",
+    ): "use the computed tensor itself, without `nn.Parameter`, or {freeze}",
+    (Cause.DETACHED, "deepcopy"): "use the tensor itself, not a copy of it, or {freeze}",
+    (
+        Cause.LEFT_TORCH,
+        "tensor",
+    ): "use `torch.stack` in place of `torch.tensor`, which copies numbers",
+    **{
+        (Cause.NON_DIFFERENTIABLE, word): text
+        for words, text in (
+            ("argmax argmin multinomial getitem", _SOFT),
+            ("eq ne gt ge lt le", _STEP),
+            ("long int bool byte to type", "keep the value in floating point up to the loss"),
+        )
+        for word in words.split()
+    },
+    (Cause.NON_DIFFERENTIABLE, "topk"): "use the values that `topk` returns, not only the indices",
+    (Cause.NON_DIFFERENTIABLE, "sort"): "use the values that `sort` returns, not only the indices",
+    (Cause.NON_DIFFERENTIABLE, "max"): "use the values that `max` returns, not only the indices",
+    (
+        Cause.NON_DIFFERENTIABLE,
+        "sample",
+    ): "use `rsample()`, or add `log_prob` of the sample to the loss",
+    (Cause.ZERO_GRADIENT, "relu"): _DEAD,
+    (
+        Cause.ZERO_GRADIENT,
+        "clamp",
+    ): "widen the bounds of `clamp`: outside them its derivative is zero",
+    **{(Cause.ZERO_GRADIENT, word): _FLAT for word in ("round", "floor", "ceil", "sign")},
+    **{(Cause.NONFINITE_GRADIENT, word): _AWAY for word in ("sqrt", "log", "norm")},
+}
 
 NO_OTHER_USE = "no other use of these parameters reaches the loss"
 ONLY_WITHOUT_GRADIENT = (
@@ -23,6 +140,44 @@ NOT_TRACED = "tracing is switched off (`trace: never`)"
 TRACE_BROKE = "the step could not be traced to its end (see the log record of `gradwatch`)"
 
 
+def printable(text: str) -> str:
+    r"""Return ``text`` with everything escaped that a terminal or an event file could trip over.
+
+    Args:
+        text: A name, a path, or anything else that the user chose.
+
+    Example:
+        >>> printable("a\x1b[2Kb")
+        'a\\x1b[2Kb'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def listed(names: Sequence[str], shown: int | None = 3) -> str:
+    """Return names in backticks as a sentence has them, the first few and how many more.
+
+    Args:
+        names: The names, in order.
+        shown: How many are named; None names all.
+
+    Example:
+        >>> listed(["a", "b", "c", "d", "e"])
+        '`a`, `b`, `c`, and 2 more'
+    """
+    shown = len(names) if shown is None else shown
+    words = [f"`{printable(name)}`" for name in names[:shown]]
+    if len(names) > shown:
+        words.append(f"{len(names) - shown} more")
+    if not words:
+        return "no parameters"
+    *rest, last = words
+    return f"{', '.join(rest)}{',' * (len(rest) > 1)} and {last}" if rest else last
+
+
 def place(site: Site) -> str:
     """Return ``file:line`` and the text of the line, for the middle of a sentence.
 
@@ -30,11 +185,16 @@ def place(site: Site) -> str:
         >>> place(Site("net.py", 3, source="    x = x.detach()"))
         'net.py:3: `x = x.detach()`'
     """
-    path = Path(site.file)
-    if path.is_absolute() and path.is_relative_to(Path.cwd()):
-        path = path.relative_to(Path.cwd())
-    text = (site.source or "").strip()
-    return f"{path}:{site.line}: `{text}`" if text else f"{path}:{site.line}"
+    text = printable((site.source or "").strip())
+    where = f"{printable(shown_path(site.file))}:{site.line}"
+    return f"{where}: `{text}`" if text else where
+
+
+def shown_path(file: str) -> str:
+    """Return a path as it is shown: relative where it lies below the current directory."""
+    with suppress(OSError, ValueError):
+        return str(Path(file).relative_to(Path.cwd()))
+    return file
 
 
 def did_not_run(module: str) -> str:
@@ -82,8 +242,7 @@ ERRORS = {
     ),
     "leaf_in_place": (
         "a parameter, or another leaf that requires grad, is changed in place",
-        "write `x = x + y` in place of `x += y`, or do it under `torch.no_grad()` where no gradient "
-        "is wanted",
+        "write `x = x + y` in place of `x += y`, or do it under `torch.no_grad()`",
     ),
     "index_of_scalar": (
         "a tensor with 0 dimensions, such as a loss, is indexed",

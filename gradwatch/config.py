@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from gradwatch._words import listed
 from gradwatch.errors import ConfigError
 from gradwatch.explain import did_you_mean
 from gradwatch.report import Status
@@ -225,7 +226,7 @@ class _Mistake:
 class _Loader(yaml.SafeLoader):
     """YAML without dates: no key takes one, and an impossible one would end in a ``ValueError``."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers = {  # noqa: RUF012 -- as its base declares it
         first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -459,7 +460,7 @@ def _explained(error: Any, data: Mapping[str, Any], source: _Source) -> _Mistake
         ]
         advice = _question(did_you_mean(str(error["input"]), words))
         headline = f"`{loc[-1]}`{within} cannot be {found}"
-        return source.at(loc, headline, *notes, f"it takes {_listed(words)}", advice=advice)
+        return source.at(loc, headline, *notes, f"it takes {listed(words, None)}", advice=advice)
     expected = _EXPECTED.get(kind, error["msg"]).format(**error.get("ctx", {}))
     if kind.startswith(("int_", "float_")):
         expected = "a whole number" if kind.startswith("int_") else "a number"
@@ -490,7 +491,7 @@ _NOUNS = {Config: "a configuration", Rule: "a rule", ContractEntry: "a contract 
 def _takes(model: type[BaseModel]) -> str:
     section = {Condition: "`when`", LogConfig: "`log`", WatchConfig: "`watch`"}
     noun = (_NOUNS | section).get(model, "`tensorboard`")
-    return f"{noun} takes {_listed(sorted(model.model_fields))}"
+    return f"{noun} takes {listed(sorted(model.model_fields), None)}"
 
 
 def _subject(loc: _Loc, data: Mapping[str, Any]) -> str:
@@ -537,8 +538,3 @@ def _dotted(loc: _Loc) -> str:
 
 def _question(word: str | None) -> str | None:
     return f"did you mean `{word}`?" if word else None
-
-
-def _listed(names: list[str]) -> str:
-    words = [f"`{name}`" for name in names]
-    return f"{', '.join(words[:-1])}{',' if len(words) > 2 else ''} and {words[-1]}"

@@ -5,7 +5,8 @@ What this room knows that no other does: Lightning. Which hook comes when, that 
 checkpoint. Every judgement is the watcher's.
 
 Limits: with ``loss.backward()`` in place of ``self.manual_backward()`` Lightning runs no hook; the step is
-then judged by what ``.grad`` holds when the optimizer steps.
+then judged by how ``.grad`` changed since the batch began, and zeros that ``zero_grad(set_to_none=False)``
+left in it count as a gradient.
 """
 
 from __future__ import annotations
@@ -144,9 +145,11 @@ class GradWatch(_Bases):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin a batch."""
-        del trainer, pl_module, batch, batch_idx
+        del trainer, batch, batch_idx
         if self._watcher is not None:
             self._watcher.begin_batch()
+            if not pl_module.automatic_optimization:
+                self._watcher.before_backward()
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -166,10 +169,12 @@ class GradWatch(_Bases):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Judge the step before the optimizer writes."""
-        del pl_module
         if self._watcher is not None:
-            self._watcher.before_step(optimizer, step=trainer.global_step)
-            if self._watcher.should_stop:
+            watcher = self._watcher
+            seen = pl_module.automatic_optimization
+            judge = watcher.before_step if seen else watcher.judge_unseen
+            judge(optimizer, step=trainer.global_step)
+            if watcher.should_stop:
                 trainer.should_stop = True
 
     def on_train_batch_end(
@@ -181,7 +186,9 @@ class GradWatch(_Bases):
         batch_idx: int,
     ) -> None:
         """End a batch."""
-        del trainer, pl_module, outputs, batch, batch_idx
+        del trainer, outputs, batch, batch_idx
+        if self._watcher is not None and not pl_module.automatic_optimization:
+            self._watcher.settle()
         self._end_batch()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

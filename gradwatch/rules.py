@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from gradwatch._words import listed
 from gradwatch.report import Action, Alert, Status
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def condition_problem(given: Collection[str]) -> str | None:
         return "holds no condition"
     if len(names) == 1:
         return None
-    return f"holds {['two', 'three'][len(names) - 2]} conditions, {_listed(names)}"
+    return f"holds {['two', 'three'][len(names) - 2]} conditions, {listed(names)}"
 
 
 class Rule(BaseModel):
@@ -470,12 +471,4 @@ def _contract_message(kind: str, names: list[str], entry: ContractEntry | None) 
         "required": ("a gradient", f"and {be} frozen"),
         "intermittent": (f"a gradient{within}", "and none arrived"),
     }[kind]
-    return f"{_listed(names)} {be} meant to get {meant}{reason}, {broken}"
-
-
-def _listed(names: list[str], shown: int = 3) -> str:
-    words = [f"`{name}`" for name in names[:shown]]
-    if len(names) > shown:
-        words.append(f"{len(names) - shown} more")
-    comma = "," if len(words) > 2 else ""
-    return f"{', '.join(words[:-1])}{comma} and {words[-1]}" if len(words) > 1 else words[0]
+    return f"{listed(names)} {be} meant to get {meant}{reason}, {broken}"

@@ -14,7 +14,7 @@ import functools
 import logging
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 from gradwatch import explain
 from gradwatch._diagnose import Inspection, not_in_optimizer, undetermined
@@ -23,7 +23,7 @@ from gradwatch._raised import add_note
 from gradwatch._stats import Sensor, is_lazy, measure
 from gradwatch.config import Config, load_config
 from gradwatch.errors import DisconnectedParameterError, GradientAlertError, GradWatchError
-from gradwatch.report import Action, Cause, Diagnosis, GradStats, Report, Status
+from gradwatch.report import Action, Alert, Cause, Diagnosis, GradStats, Report, Status
 from gradwatch.rules import Judge, Observation, matches, worst
 from gradwatch.sinks.standard import standard_sinks
 
@@ -61,7 +61,7 @@ def _harmless(
             self._switch_off(error)
             return None
 
-    return guarded  # type: ignore[return-value] -- the wrapper of functools, which is one
+    return cast("Callable[Concatenate[Watcher, _P], _R | None]", guarded)
 
 
 class Watcher:
@@ -182,29 +182,41 @@ class Watcher:
         except BaseException as error:
             self.interrupted(error)
             raise
-        self.after_backward()
         if self._optimizers:
-            self._restart_written()
+            self.settle()
         else:
+            self.after_backward()
             self.before_step(None)
         self.end_batch()
 
     def _before_plain_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if not _has_closure(args, kwargs):
-            self._judge_plain_step(optimizer)
+            self.judge_unseen(optimizer)
 
     def _after_plain_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if _has_closure(args, kwargs):  # forward and backward ran inside of the step
-            self._judge_plain_step(optimizer)
+            self.judge_unseen(optimizer)
 
-    def _judge_plain_step(self, optimizer: Any) -> None:
+    # Where nothing tells when a backward pass begins and ends ------------------------------------
+
+    def judge_unseen(self, optimizer: Any, *, step: int | None = None) -> None:
+        """Judge a step by how ``.grad`` changed since the batch, or the last step in it, began.
+
+        Args:
+            optimizer: The optimizer that steps.
+            step: Optimizer steps before this one; None counts them here.
+
+        Raises:
+            GradientAlertError: A rule with ``action: abort`` fired.
+        """
         self.after_backward()
-        self.before_step(optimizer)
+        self.before_step(optimizer, step=step)
         self.before_backward()
 
     @_harmless
-    def _restart_written(self) -> None:
-        """Forget changes of ``.grad`` after a step, such as ``zero_grad``; keep what accumulates."""
+    def settle(self) -> None:
+        """Keep what accumulates for a step to come, and forget what ``zero_grad`` did after one."""
+        self._sensor.after()
         self._sensor.restart(self._written)
 
     # What an adapter calls, in this order -------------------------------------------------------
@@ -392,7 +404,7 @@ class Watcher:
         )
         assert self._judge is not None  # noqa: S101
         alerts = self._judge.observe(observation)
-        healed = self._ledger.heal(covered, facts, self._steps)
+        healed = self._ledger.heal(covered, facts, self._steps, self._owners.orphans)
         found = self._diagnosed(covered, facts)
         self._plan(facts)
         if not (logged or alerts or healed or found):
@@ -559,16 +571,20 @@ class _Ledger:
                 self._open[name] = (diagnosis.status, len(self._made))
             self._made.append(diagnosis)
 
-    def heal(self, covered: Collection[str], facts: _Facts, step: int) -> bool:
+    def heal(
+        self, covered: Collection[str], facts: _Facts, step: int, orphans: Collection[str]
+    ) -> bool:
         """Close the diagnoses none of whose parameters shows its status any more."""
         bad = set(facts.bad)
         over = [
             name
             for name, (status, number) in self._open.items()
             if name in covered
-            and name not in bad
-            and (facts.measured or status is Status.MISSING)
-            and self._made[number].cause is not Cause.NOT_IN_OPTIMIZER
+            and (
+                name not in orphans
+                if self._made[number].cause is Cause.NOT_IN_OPTIMIZER
+                else name not in bad and (facts.measured or status is Status.MISSING)
+            )
         ]
         healed = False
         for name in over:
@@ -596,7 +612,8 @@ def _alert_error(report: Report, names: Iterable[str]) -> GradientAlertError:
     fatal = [alert for alert in report.alerts if alert.action is Action.ABORT]
     concerned = {name for alert in fatal for name in alert.parameters}
     diagnoses = [d for d in report.diagnoses if concerned.intersection(d.parameters)]
-    text = "\n\n".join(explain.render(part, tuple(names)) for part in [*fatal, *diagnoses])
+    said: list[Alert | Diagnosis] = [*fatal, *diagnoses]
+    text = "\n\n".join(explain.render(part, tuple(names)) for part in said)
     disconnected = any(alert.status is Status.MISSING for alert in fatal)
     kind = DisconnectedParameterError if disconnected else GradientAlertError
     return kind(f"a rule ended the run\n\n{text}", report)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gradwatch.explain import printable
+from gradwatch._words import printable
 from gradwatch.report import Status
 
 if TYPE_CHECKING:

@@ -63,13 +63,13 @@ class _OwnTensorBoardSink(TensorBoardSink):
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 -- half a second
 
-        self._own = SummaryWriter(os.fspath(log_dir))  # type: ignore[no-untyped-call]
+        self._own = SummaryWriter(os.fspath(log_dir))
         super().__init__(self._own, prefix, scalars)
 
     def close(self) -> None:
         """Write what is pending, and close the writer."""
         super().close()
-        self._own.close()  # type: ignore[no-untyped-call]
+        self._own.close()
 
 
 def _is_tensorboard(logger: Any) -> bool:

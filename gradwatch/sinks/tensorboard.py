@@ -16,7 +16,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from gradwatch.explain import markdown, printable
+from gradwatch._words import printable
+from gradwatch.explain import markdown
 from gradwatch.sinks._batches import Batches, log10
 from gradwatch.sinks._map import StatusMap
 
