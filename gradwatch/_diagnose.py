@@ -17,9 +17,10 @@ from gradwatch import _frames, _words, explain
 from gradwatch._calls import Kind, Wrapper
 from gradwatch._flow import Cut, Flow, follow
 from gradwatch._graph import Passed, watched_backward
+from gradwatch._record import Op, label_of
 from gradwatch._source import Marks
 from gradwatch._stats import Sensor
-from gradwatch._trace import BackwardListener, Op, Trace, label_of
+from gradwatch._trace import BackwardListener, Trace
 from gradwatch.report import Cause, Diagnosis, Severity, Site, Status
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from gradwatch._calls import Kind
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from gradwatch._trace import Op, Trace
+    from gradwatch._record import Op
+    from gradwatch._trace import Trace
 
 _FAR = 1 << 30
 _BREAKS = {Kind.SEVER, Kind.EXIT, Kind.COPY_VALUES, Kind.REWRAP, Kind.SHAPE_ONLY}

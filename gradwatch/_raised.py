@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gradwatch._diagnose import Inspection
-    from gradwatch._trace import Op, Trace
+    from gradwatch._record import Op
+    from gradwatch._trace import Trace
 
 
 def add_note(error: Exception, inspection: Inspection, model: nn.Module) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
+from gradwatch._record import version_of
 from gradwatch.report import GradStats
 
 if TYPE_CHECKING:
@@ -100,11 +101,7 @@ class Sensor:
 
 def _version(tensor: Tensor) -> int:
     # FSDP2 moves the version of the local shard, not that of the DTensor around it.
-    local = getattr(tensor, "_local_tensor", tensor)
-    try:
-        return int(local._version)  # noqa: SLF001 -- no public counter tells of a write
-    except RuntimeError:  # inference tensors keep no version
-        return 0
+    return version_of(getattr(tensor, "_local_tensor", tensor))
 
 
 def is_lazy(parameter: Tensor) -> bool:

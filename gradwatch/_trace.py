@@ -40,79 +40,29 @@ from gradwatch._calls import (
     Wrapper,
     dynamo_is_loaded,
     find_wrapper,
-    public_name,
     traits_of,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from gradwatch._frames import Place
+from gradwatch._record import (
+    Backward,
+    Op,
+    Value,
+    Write,
+    fractions_in,
+    label_of,
+    memory_of,
+    read_by,
+    shape_of,
+    tensors_in,
+    version_of,
+)
 
 _traces = itertools.count()
 _log = logging.getLogger("gradwatch")
-
-
-@dataclass(slots=True)
-class Value:
-    """A tensor's content between two writes."""
-
-    producer: int | None = None
-    """Number of the operation that made it; None for what was there before."""
-    tracked: bool = False
-    """Whether it had a ``grad_fn``, or wanted a gradient as a leaf, when it was last looked at."""
-    parameter: str | None = None
-    """Name of the parameter whose content it is."""
-    alien: str | None = None
-    """Shape and dtype of a leaf that wants a gradient and is not registered in the model."""
-
-
-@dataclass(slots=True)
-class Op:
-    """One call, with the numbers of the values it read and made."""
-
-    index: int
-    func: Any
-    kind: Kind
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    place: Place | None
-    module: str | None
-    """Path of the innermost module of the user's own that was running; None for one not in the model."""
-    grad_mode: bool
-    wrapper: Wrapper | None = None
-    stack: tuple[tuple[Any, int], ...] = ()
-    """For an exit: all of the user's frames, the innermost first."""
-
-    @property
-    def name(self) -> str:
-        """The public name of what was called."""
-        return public_name(self.func)
-
-
-@dataclass(slots=True)
-class Backward:
-    """One backward pass that was seen."""
-
-    roots: tuple[int, ...]
-    """Values it started from."""
-    place: Place | None
-    accumulates: bool
-    """False for ``torch.autograd.grad``, which fills no ``.grad``."""
-    inputs: frozenset[int] | None = None
-    """``id`` of the tensors named by ``inputs=``; None when it was not given."""
-
-
-@dataclass(slots=True)
-class Write:
-    """A tensor changed in place: what an error about saved tensors is explained with."""
-
-    place: Place | None
-    shape: tuple[int, ...]
-    version: int
-    operation: str
-    node: str | None
-    """Name of the autograd node that had made the tensor before the write."""
 
 
 @dataclass(slots=True)
@@ -271,7 +221,7 @@ class Trace:
         if fast:
             # NOTE [Fast path] Any active function mode makes these modules take another way through
             # C++ in eval mode, with other rounding: they run without the mode, as one operation.
-            self._fast_call = (module, list(_tensors((args,))))
+            self._fast_call = (module, list(tensors_in((args,))))
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -310,15 +260,15 @@ class Trace:
             for tensor in group["params"]:
                 entry = self._known.get(id(tensor))
                 if entry is not None:
-                    entry.version = _version(tensor)
+                    entry.version = version_of(tensor)
 
     # Values ---------------------------------------------------------------------------------------
 
     def _register(self, tensor: Tensor, value: Value) -> int:
         number = len(self.values)
         self.values.append(value)
-        entry = self._known[id(tensor)] = _Entry(weakref.ref(tensor), number, _version(tensor))
-        memory = _memory(tensor)
+        entry = self._known[id(tensor)] = _Entry(weakref.ref(tensor), number, version_of(tensor))
+        memory = memory_of(tensor)
         if memory:
             self._storages.setdefault(memory, []).append(entry)
         return number
@@ -365,7 +315,7 @@ class Trace:
 
     def _alias(self, tensor: Tensor) -> int | None:
         """Return the value over whose memory a leaf was put, where there is one."""
-        for entry in reversed(self._storages.get(_memory(tensor), ())):
+        for entry in reversed(self._storages.get(memory_of(tensor), ())):
             # The memory of a dead tensor may have been given to a new one: only a leaf that wants a
             # gradient is taken for its heir.
             if entry.ref() is not None or isinstance(tensor, nn.Parameter):
@@ -434,10 +384,10 @@ class Trace:
             if args[1] is None and args[0].grad is not None:
                 self._note_clearing(args[0])
             return _Call(func, traits, args, [], [])
-        read = _read_by(args[1:] if traits.kind is Kind.SET_DATA else args, kwargs)
+        read = read_by(args[1:] if traits.kind is Kind.SET_DATA else args, kwargs)
         numbers = [self._read(tensor) for tensor in read]
         if self._floats:
-            numbers += [self._floats[x] for x in _fractions(args) if x in self._floats]
+            numbers += [self._floats[x] for x in fractions_in(args) if x in self._floats]
         call = _Call(func, traits, args, read, numbers)
         if traits.writes and read and read[0].grad_fn is not None:
             call.node = read[0].grad_fn.name()
@@ -453,9 +403,9 @@ class Trace:
         elif isinstance(result, Tensor):
             made = [result]
         elif result is None:
-            made = list(_tensors(call.args[:1])) if writes else []
+            made = list(tensors_in(call.args[:1])) if writes else []
         else:
-            made = list(_tensors((result,)))
+            made = list(tensors_in((result,)))
         given = {id(tensor) for tensor in call.read}
         made = [t for t in made if writes or id(t) not in given or self._moved(t)]
         if not made:
@@ -484,21 +434,23 @@ class Trace:
         op.stack = _frames.stack(frame)
         op.outputs = (len(self.values),)
         self.values.append(Value(op.index))
-        for number in _fractions(result):
+        for number in fractions_in(result):
             self._floats[number] = op.outputs[0]
 
     def _moved(self, tensor: Tensor) -> bool:
         entry = self._known.get(id(tensor))
-        return entry is not None and entry.version != _version(tensor)
+        return entry is not None and entry.version != version_of(tensor)
 
     def _written(self, tensor: Tensor, op: Op, call: _Call) -> None:
         """Give a tensor that was written in place, and every live alias of it, a new value."""
-        self.writes.append(Write(op.place, _shape(tensor), _version(tensor), op.name, call.node))
+        self.writes.append(
+            Write(op.place, shape_of(tensor), version_of(tensor), op.name, call.node)
+        )
         if op.name.endswith("zero_"):
             self._note_clearing_of_gradient(tensor)
         targets = [tensor]
         if op.kind not in {Kind.SEVER, Kind.SET_DATA}:  # those change one tensor, not the memory
-            for entry in self._storages.get(_memory(tensor), ()):
+            for entry in self._storages.get(memory_of(tensor), ()):
                 alias = entry.ref()
                 if alias is not None and alias is not tensor:
                     targets.append(alias)
@@ -557,7 +509,7 @@ class Trace:
         if accumulates:
             return result
         op = self._append(func, Kind.GRAD, numbers, place)
-        for tensor in _tensors((result,)):
+        for tensor in tensors_in((result,)):
             self._produce(tensor, op)
         return result
 
@@ -595,69 +547,8 @@ def _roots_and_inputs(
     position = positions[func]
     first = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
     inputs = args[position] if len(args) > position else kwargs.get("inputs")
-    named = None if inputs is None else frozenset(id(t) for t in _tensors((inputs,)))
-    return list(_tensors((first,))), named
-
-
-def _tensors(items: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors in arguments or results, also in nested lists and dicts."""
-    for item in items:
-        if isinstance(item, Tensor):
-            yield item
-        elif isinstance(item, (list, tuple)):
-            yield from _tensors(item)
-        elif isinstance(item, dict):
-            yield from _tensors(item.values())
-
-
-def _read_by(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Return the tensors that a call is given; most calls have no nested ones."""
-    read: list[Tensor] = []
-    for arg in args:
-        if isinstance(arg, Tensor):
-            read.append(arg)
-        elif isinstance(arg, (list, tuple, dict)):
-            read.extend(_tensors((arg,)))
-    if kwargs:
-        read.extend(_tensors(kwargs.values()))
-    return read
-
-
-def _fractions(item: Any, limit: int = 1000) -> Iterator[float]:
-    """Yield the numbers that have a fraction: others are often equal by chance."""
-    if isinstance(item, float):
-        if item % 1.0:
-            yield item
-    elif isinstance(item, (list, tuple)):
-        for inner in item[:limit]:
-            yield from _fractions(inner, limit)
-
-
-def _version(tensor: Tensor) -> int:
-    try:
-        return tensor._version
-    except (RuntimeError, ValueError):  # inference tensors and lazy parameters keep none
-        return 0
-
-
-def _memory(tensor: Tensor) -> int:
-    """Return the address of the tensor's memory, or 0 where there is none to compare."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError, ValueError):
-        return 0
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    try:
-        return tuple(tensor.shape)
-    except RuntimeError:  # a lazy parameter
-        return ()
-
-
-def label_of(tensor: Tensor) -> str:
-    """Return what a tensor must share with another that is used in its place."""
-    return f"{_shape(tensor)} {tensor.dtype}"
+    named = None if inputs is None else frozenset(id(t) for t in tensors_in((inputs,)))
+    return list(tensors_in((first,))), named
 
 
 def _has_fast_path(module: nn.Module) -> bool:

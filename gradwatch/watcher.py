@@ -259,7 +259,8 @@ class Watcher:
     @_harmless
     def begin_batch(self) -> None:
         """Begin a batch: trace it when there is something to find out."""
-        self._stepped = False
+        if self._stepped:  # outside of a batch, whose end is now
+            self.end_batch()
         self._written = set()
         if self._inspection is None and self._wanted and self._traces < MAX_TRACES:
             self._look_at_model()
@@ -648,6 +649,7 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
         self._norms: dict[str, float] = {}
 
     def __enter__(self) -> Self:
+        self._judged, self._norms = {}, {}
         self._names = names_of(self._model)
         self._inspection = Inspection(
             self._names.parameters, self._names.modules, sizes=True, on_step=self._judge

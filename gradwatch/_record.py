@@ -1,0 +1,144 @@
+"""What is noted of one pass: values, operations, writes and backward passes, as numbers and places.
+
+What this room knows that no other does: how a tensor is looked at without keeping it, and what of an
+argument list is read. The trace fills these records; the rooms above read them when the tensors are gone.
+
+Limits: tensors are found in nested lists, tuples and dicts, not inside objects of other classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from gradwatch._calls import Kind, Wrapper, public_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from gradwatch._frames import Place
+
+
+@dataclass(slots=True)
+class Value:
+    """A tensor's content between two writes."""
+
+    producer: int | None = None
+    """Number of the operation that made it; None for what was there before."""
+    tracked: bool = False
+    """Whether it had a ``grad_fn``, or wanted a gradient as a leaf, when it was last looked at."""
+    parameter: str | None = None
+    """Name of the parameter whose content it is."""
+    alien: str | None = None
+    """Shape and dtype of a leaf that wants a gradient and is not registered in the model."""
+
+
+@dataclass(slots=True)
+class Op:
+    """One call, with the numbers of the values it read and made."""
+
+    index: int
+    func: Any
+    kind: Kind
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    place: Place | None
+    module: str | None
+    """Path of the innermost module of the user's own that was running; None for one not in the model."""
+    grad_mode: bool
+    wrapper: Wrapper | None = None
+    stack: tuple[tuple[Any, int], ...] = ()
+    """For an exit: all of the user's frames, the innermost first."""
+
+    @property
+    def name(self) -> str:
+        """The public name of what was called."""
+        return public_name(self.func)
+
+
+@dataclass(slots=True)
+class Backward:
+    """One backward pass that was seen."""
+
+    roots: tuple[int, ...]
+    """Values it started from."""
+    place: Place | None
+    accumulates: bool
+    """False for ``torch.autograd.grad``, which fills no ``.grad``."""
+    inputs: frozenset[int] | None = None
+    """``id`` of the tensors named by ``inputs=``; None when it was not given."""
+
+
+@dataclass(slots=True)
+class Write:
+    """A tensor changed in place: what an error about saved tensors is explained with."""
+
+    place: Place | None
+    shape: tuple[int, ...]
+    version: int
+    operation: str
+    node: str | None
+    """Name of the autograd node that had made the tensor before the write."""
+
+
+def tensors_in(items: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors in arguments or results, also in nested lists and dicts."""
+    for item in items:
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, (list, tuple)):
+            yield from tensors_in(item)
+        elif isinstance(item, dict):
+            yield from tensors_in(item.values())
+
+
+def read_by(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors that a call is given; most calls have no nested ones."""
+    read: list[Tensor] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            read.append(arg)
+        elif isinstance(arg, (list, tuple, dict)):
+            read.extend(tensors_in((arg,)))
+    if kwargs:
+        read.extend(tensors_in(kwargs.values()))
+    return read
+
+
+def fractions_in(item: Any, limit: int = 1000) -> Iterator[float]:
+    """Yield the numbers that have a fraction: others are often equal by chance."""
+    if isinstance(item, float):
+        if item % 1.0:
+            yield item
+    elif isinstance(item, (list, tuple)):
+        for inner in item[:limit]:
+            yield from fractions_in(inner, limit)
+
+
+def version_of(tensor: Tensor) -> int:
+    try:
+        return tensor._version  # noqa: SLF001 -- no public counter tells of a write
+    except (RuntimeError, ValueError):  # inference tensors and lazy parameters keep none
+        return 0
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Return the address of the tensor's memory, or 0 where there is none to compare."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError, ValueError):
+        return 0
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    try:
+        return tuple(tensor.shape)
+    except RuntimeError:  # a lazy parameter
+        return ()
+
+
+def label_of(tensor: Tensor) -> str:
+    """Return what a tensor must share with another that is used in its place."""
+    return f"{shape_of(tensor)} {tensor.dtype}"

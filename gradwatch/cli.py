@@ -1,0 +1,235 @@
+"""The command ``gradwatch``: read about a cause, check a configuration.
+
+What this room knows that no other does: what stands on a command line, and what a shell expects back. The
+words are those of ``explain`` and ``config``. It loads no torch, so that it answers at once.
+
+Exit status: 0 when all is well, 1 when the output cannot be written, 2 when what was typed or a file is
+wrong, 130 after Ctrl-C, and 141 when the reader of a pipe is gone. A mistake of the user's is said in a few
+lines on stderr, never as a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import json
+import os
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from gradwatch._words import SUMMARIES
+from gradwatch.errors import ConfigError
+from gradwatch.explain import did_you_mean, explain
+from gradwatch.report import Cause
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_UNWRITABLE, _MISTAKE, _INTERRUPTED, _NO_READER = 1, 2, 130, 141
+_EXAMPLES = """\
+examples:
+  gradwatch explain                      list the causes
+  gradwatch explain detached             read about one of them
+  gradwatch config configs/strict.yaml   find the mistakes of a file
+"""
+_EXPLAIN_EXAMPLES = """\
+examples:
+  gradwatch explain                      list the causes, a line each
+  gradwatch explain detached             what it means, an example, and what to do instead
+  gradwatch explain detached > page.md   the page as Markdown
+"""
+_CONFIG_EXAMPLES = """\
+examples:
+  gradwatch config gradwatch.yaml        say "ok", or show every mistake with its line and column
+  gradwatch config --schema > gradwatch.schema.json
+                                         for editors: completion and checks while typing
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line, and return its exit status.
+
+    Args:
+        argv: The arguments; None takes those of the process.
+
+    Example:
+        >>> main(["explain", "detached"])  # doctest: +ELLIPSIS
+        # detached
+        ...
+        0
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a narrow encoding is no reason for a traceback
+    try:
+        status = _run(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except OSError as error:
+        # What is still in the buffer would be written, and fail once more, as Python ends.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return _NO_READER
+        print(f"error[output]: {error.strerror or error}", file=sys.stderr)
+        return _UNWRITABLE
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        arguments = _parser().parse_args(argv)
+        run: Callable[[argparse.Namespace], None] = arguments.run
+        run(arguments)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return _MISTAKE
+    except SystemExit as end:  # argparse's way to end after `--help` and after a mistake
+        return int(end.code or 0)
+    return 0
+
+
+# --- what can be typed ---------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that words mistakes as the rest of GradWatch does."""
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help, and let a failure to write it through, which argparse keeps to itself."""
+        print(self.format_help(), end="", file=file)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong on stderr, and end with status 2."""
+        unknown = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if unknown:
+            commands = re.findall(r"\w+", unknown[2])
+            guess = did_you_mean(unknown[1], commands)
+            hint = f"did you mean `{guess}`?" if guess else f"there are {_listed(commands)}"
+            message = f"unknown command `{unknown[1]}`: {hint}"
+        print(f"error[usage]: {message}", file=sys.stderr)
+        print(f"  = help: {self.prog} --help", file=sys.stderr)
+        raise SystemExit(_MISTAKE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="gradwatch",
+        description="Tells why parameters of a PyTorch model get no gradient.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="show the version, and end")
+    parser.set_defaults(run=lambda arguments: _version_or_help(arguments, parser))
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_explain(commands)
+    _add_config(commands)
+    return parser
+
+
+def _add_explain(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = commands.add_parser(
+        "explain",
+        help="read about a cause, or list them all",
+        description="Shows what a cause means, an example of it, and what to do instead.",
+        epilog=_EXPLAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument(
+        "cause", nargs="?", metavar="CAUSE", help="name of a cause; without one, all are listed"
+    )
+    command.set_defaults(run=_explain)
+
+
+def _add_config(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = commands.add_parser(
+        "config",
+        help="check a configuration file",
+        description="Shows every mistake of a configuration file, with its line and column.",
+        epilog=_CONFIG_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = command.add_mutually_exclusive_group()
+    what.add_argument("file", nargs="?", metavar="FILE", help="YAML file to check")
+    what.add_argument(
+        "--schema", action="store_true", help="print the JSON Schema of configuration files"
+    )
+    command.set_defaults(run=_config)
+
+
+# --- what then happens ---------------------------------------------------------------------------------
+
+
+def _version_or_help(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if arguments.version:
+        print(f"gradwatch {importlib.import_module('gradwatch').__version__}")
+    else:
+        parser.print_help()
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    if arguments.cause is None:
+        _list_causes()
+        return
+    try:
+        page = explain(arguments.cause.strip().lower().replace("-", "_"))
+    except ConfigError as error:
+        raise ConfigError(f"error[usage]: {error}") from None
+    if _is_terminal():
+        _show(_rich("markdown").Markdown(page))
+    else:
+        print(page, end="")
+
+
+def _list_causes() -> None:
+    if _is_terminal():
+        table = _rich("table").Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True, style="bold")
+        for cause in Cause:
+            table.add_row(cause, _rich("text").Text(SUMMARIES[cause]))
+        _show(table)
+    else:
+        width = max(map(len, Cause))
+        for cause in Cause:
+            print(f"{cause:{width}}  {SUMMARIES[cause]}")
+
+
+def _is_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def _rich(room: str) -> Any:
+    """Return a module of rich: only a terminal needs it, and it takes long to load."""
+    return importlib.import_module(f"rich.{room}")
+
+
+def _show(renderable: object) -> None:
+    """Print on the terminal, as wide as it is, and in the colours that it wants."""
+    _rich("console").Console().print(renderable)
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    if arguments.file is None and not arguments.schema:
+        raise ConfigError("error[usage]: `gradwatch config` takes a FILE, or `--schema`")
+    # Loaded here, since pydantic takes longer than all that `explain` needs.
+    config = importlib.import_module("gradwatch.config")
+    if arguments.schema:
+        dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+        print(json.dumps(dialect | config.Config.model_json_schema(), indent=2))
+    else:
+        config.load_config(Path(arguments.file))
+        print(f"{arguments.file}: ok")
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(f"`{word}`" for word in words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

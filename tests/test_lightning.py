@@ -1,0 +1,615 @@
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from gradwatch import Cause, Diagnosis, DisconnectedParameterError, GradWatch, Report, Status
+from gradwatch.sinks import MemorySink
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule
+
+OK, MISSING, FROZEN = Status.OK, Status.MISSING, Status.FROZEN
+PATIENT: dict[str, Any] = {"rules": []}
+
+
+@pytest.fixture(params=["pytorch_lightning", "lightning.pytorch"])
+def pl(request: pytest.FixtureRequest) -> Any:
+    """Return one of the two namespaces of Lightning, each with classes of its own."""
+    return importlib.import_module(request.param)
+
+
+class Net:
+    """What every model here shares; ``made`` puts it before the LightningModule of a namespace."""
+
+    branches: nn.ModuleDict
+
+    def __init__(self, *names: str, **options: Any) -> None:
+        super().__init__()
+        self.branches = nn.ModuleDict({name: nn.Linear(2, 1, bias=False) for name in names})
+        self.options = options
+
+    def out(self, *names: str) -> Any:
+        return sum(self.branches[name](torch.ones(1, 2)).sum() for name in names)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return self.out(*self.branches)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.branches.parameters() if p.requires_grad], 0.01)
+
+
+class Detached(Net):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        hidden = self.branches["left"](batch).detach()  # <- here
+        return (hidden + self.branches["right"](batch)).pow(2).mean()
+
+
+class Every(Net):
+    """Branches that are used in every ``n``-th batch, 0 for never."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        used = [name for name, n in self.options.items() if n and batch_idx % n == 0]
+        return self.out(*used) if used else None
+
+
+class ValidationOnly(Net):
+    """One branch is used in validation only."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return self.out("left")
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return self.out("left", "right")
+
+
+def made(pl: Any, kind: type, *names: str, **options: Any) -> Any:
+    """Return a model as a LightningModule of the namespace."""
+    return type(kind.__name__, (kind, pl.LightningModule), {})(*names, **options)
+
+
+def data(batches: int) -> DataLoader[Tensor]:
+    return DataLoader(torch.ones(batches, 2), batch_size=1)  # type: ignore[arg-type]
+
+
+def trainer_of(pl: Any, callback: Any, **options: Any) -> Any:
+    """Return a quiet Trainer on the CPU."""
+    quiet = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "callbacks": [callback],
+    }
+    return pl.Trainer(**quiet | options)
+
+
+def fit(pl: Any, model: Any, callback: GradWatch, *, batches: int = 4, **options: Any) -> Any:
+    """Train the model, and return the Trainer."""
+    trainer = trainer_of(pl, callback, **options)
+    trainer.fit(model, data(batches), data(2) if isinstance(model, ValidationOnly) else None)
+    return trainer
+
+
+def a(name: str) -> str:
+    """Return the name of the weight of a branch."""
+    return f"branches.{name}.weight"
+
+
+def found(callback: GradWatch) -> list[tuple[Cause, tuple[str, ...]]]:
+    return [(diagnosis.cause, diagnosis.parameters) for diagnosis in callback.diagnoses]
+
+
+def alerts(sink: MemorySink) -> list[tuple[int, str, tuple[str, ...]]]:
+    return [(x.step, x.rule, x.parameters) for report in sink.reports for x in report.alerts]
+
+
+def guilty_line(owner: Any) -> int:
+    """Return the line that is marked in the source."""
+    lines, first = inspect.getsourcelines(owner)
+    return first + next(i for i, line in enumerate(lines) if "# <- here" in line)
+
+
+# ---- what a run says
+
+
+def test_healthy_model_stays_silent(pl: Any, capsys: pytest.CaptureFixture[str]):
+    """A run in which every parameter trains has no diagnosis, and nothing is printed."""
+    callback = GradWatch()
+    fit(pl, made(pl, Net, "left", "right"), callback)
+
+    assert callback.diagnoses == ()
+    assert callback.report == Report(step=0)
+    assert capsys.readouterr().err == ""
+
+
+def test_cause_and_line_are_told_in_the_first_step(
+    pl: Any, capsys: pytest.CaptureFixture[str]
+):
+    """The report of the first step names the cause, the parameter and the line in the source."""
+    callback = GradWatch(PATIENT)
+    fit(pl, made(pl, Detached, "left", "right"), callback)
+
+    (diagnosis,) = callback.diagnoses
+    assert isinstance(diagnosis, Diagnosis)
+    assert (diagnosis.cause, diagnosis.parameters) == (Cause.DETACHED, (a("left"),))
+    assert diagnosis.site is not None
+    assert (diagnosis.site.file, diagnosis.site.line) == (__file__, guilty_line(Detached))
+    assert (diagnosis.step, diagnosis.operation) == (0, "torch.Tensor.detach")
+    assert callback.report.statuses == {a("left"): MISSING, a("right"): OK}
+    assert callback.report.diagnoses == callback.diagnoses
+    assert capsys.readouterr().err.count("warning[detached]") == 1
+
+
+def test_before_a_run_there_is_nothing_to_read():
+    """A callback that ran in no fit has an empty report and no diagnoses."""
+    callback = GradWatch()
+
+    assert (callback.report, callback.diagnoses) == (Report(step=0), ())
+    assert (callback.state_dict(), callback.state_key) == ({}, "GradWatch")
+
+
+def test_frozen_layers_are_frozen(pl: Any):
+    """A layer that wants no gradient has that status, and is no finding."""
+    model = made(pl, Net, "left", "right")
+    model.branches["left"].requires_grad_(requires_grad=False)
+    callback = GradWatch(every_n_steps=1)
+    fit(pl, model, callback, batches=2)
+
+    assert callback.report.statuses == {a("left"): FROZEN, a("right"): OK}
+    assert callback.diagnoses == ()
+
+
+def test_parameters_in_no_optimizer_are_named(pl: Any):
+    """A parameter that ``configure_optimizers`` leaves out is named once."""
+    model = made(pl, Net, "left", "right")
+    model.configure_optimizers = lambda: torch.optim.SGD(model.branches["left"].parameters(), 0.01)
+    callback = GradWatch(PATIENT, every_n_steps=1)
+    fit(pl, model, callback)
+
+    assert found(callback) == [(Cause.NOT_IN_OPTIMIZER, (a("right"),))]
+    assert callback.report.statuses == {a("left"): OK, a("right"): OK}
+
+
+def test_what_validation_alone_uses_is_unused(pl: Any):
+    """A layer that runs in the sanity check and in validation, and not in training, is unused."""
+    callback = GradWatch(PATIENT, every_n_steps=1)
+    sink = MemorySink()
+    callback = GradWatch(PATIENT, every_n_steps=1, sinks=[sink])
+    fit(pl, made(pl, ValidationOnly, "left", "right"), callback, val_check_interval=1)
+
+    assert found(callback) == [(Cause.UNUSED, (a("right"),))]
+    assert [(report.step, report.batch) for report in sink.reports] == [(i, i) for i in range(4)]
+
+
+def test_a_model_without_optimizer_is_no_orphanage(pl: Any):
+    """Where ``configure_optimizers`` returns None, no parameter is said to be in no optimizer."""
+    model = made(pl, Net, "left", "right")
+    model.configure_optimizers = lambda: None
+    callback = GradWatch()
+    with pytest.warns(UserWarning, match="returned `None`"):
+        fit(pl, model, callback)
+
+    assert callback.diagnoses == ()
+
+
+# ---- steps, micro-batches and batches
+
+
+def test_steps_are_judged_once_under_accumulation(pl: Any):
+    """Gradients of any micro-batch count, and each optimizer step is judged once, the short last too."""
+    sink = MemorySink()
+    callback = GradWatch(PATIENT, every_n_steps=1, sinks=[sink])
+    model = made(pl, Every, "each", "third", "never", each=1, third=3, never=0)
+    fit(pl, model, callback, batches=8, accumulate_grad_batches=3)
+
+    statuses = {a("each"): OK, a("third"): OK, a("never"): MISSING}
+    assert [(report.step, report.batch) for report in sink.reports] == [(0, 0), (1, 1), (2, 2)]
+    assert [report.statuses for report in sink.reports] == [statuses] * 3
+    assert found(callback) == [(Cause.UNUSED, (a("never"),))]
+
+
+def test_norms_are_those_of_the_whole_window(pl: Any):
+    """Under accumulation the norm is that of the mean over the window."""
+    callback = GradWatch(every_n_steps=1)
+    fit(pl, made(pl, Net, "left"), callback, accumulate_grad_batches=2)
+
+    assert callback.report.norms == {a("left"): pytest.approx(2**0.5)}
+
+
+def test_norms_are_those_before_clipping(pl: Any):
+    """Gradient clipping does not show in the norms."""
+    callback = GradWatch(every_n_steps=1)
+    model = made(pl, Net, "left", "right")
+    fit(pl, model, callback, gradient_clip_val=0.001)
+
+    assert callback.report.norms == pytest.approx({a("left"): 2**0.5, a("right"): 2**0.5})
+    assert callback.report.total_norm == pytest.approx(2.0)
+
+
+def test_zeros_that_zero_grad_left_are_missing(pl: Any):
+    """With ``set_to_none=False`` a parameter that no longer trains is missing, not zero."""
+    model = made(pl, Every, "each", "third", each=1, third=3)
+    model.optimizer_zero_grad = lambda epoch, batch_idx, optimizer: optimizer.zero_grad(
+        set_to_none=False
+    )
+    sink = MemorySink()
+    fit(pl, model, GradWatch(PATIENT, every_n_steps=1, sinks=[sink]), batches=4)
+
+    assert [report.statuses[a("third")] for report in sink.reports] == [OK, MISSING, MISSING, OK]
+    assert [report.statuses[a("each")] for report in sink.reports] == [OK] * 4
+
+
+def test_batches_without_a_loss_are_no_steps(pl: Any):
+    """A batch for which ``training_step`` returns None neither makes nor breaks a streak."""
+    model = made(pl, Every, "second", "never", second=2, never=0)
+    sink = MemorySink()
+    fit(pl, model, GradWatch(for_steps=3, sinks=[sink]), batches=8)
+
+    (alert,) = (alert for report in sink.reports for alert in report.alerts)
+    assert (alert.parameters, alert.steps) == ((a("never"),), 3)
+
+
+def test_batches_are_counted_once_over_epochs_and_validations(pl: Any):
+    """The number of a batch goes up by one from report to report, whatever runs in between."""
+    sink = MemorySink()
+    callback = GradWatch(every_n_steps=1, sinks=[sink])
+    model = made(pl, ValidationOnly, "left", "right")
+    fit(pl, model, callback, batches=3, max_epochs=3, val_check_interval=2)
+
+    assert [(report.step, report.batch) for report in sink.reports] == [(i, i) for i in range(9)]
+
+
+def test_logged_steps_follow_the_trainer(pl: Any):
+    """Without a number of its own the callback measures as often as the Trainer logs."""
+    sink = MemorySink()
+    fit(pl, made(pl, Net, "left"), GradWatch(sinks=[sink]), batches=7, log_every_n_steps=3)
+
+    assert [(report.step, report.logged) for report in sink.reports] == [(2, True), (5, True)]
+
+
+def test_lbfgs_steps_are_counted_once(pl: Any):
+    """An optimizer that evaluates its closure many times has one report per step."""
+    model = made(pl, Every, "each", "never", each=1, never=0)
+    model.configure_optimizers = lambda: torch.optim.LBFGS(
+        model.parameters(), lr=1e-3, max_iter=4, tolerance_change=0, tolerance_grad=0
+    )
+    sink = MemorySink()
+    fit(pl, model, GradWatch(for_steps=3, every_n_steps=1, sinks=[sink]))
+
+    assert [report.step for report in sink.reports] == [0, 1, 2, 3]
+    assert [r.statuses for r in sink.reports] == [{a("each"): OK, a("never"): MISSING}] * 4
+    assert alerts(sink) == [(2, "disconnected", (a("never"),))]
+
+
+# ---- manual optimization
+
+
+class Gan(Net):
+    """Two players with an optimizer each; ``idle`` belongs to the second and is never used."""
+
+    def __init__(self, *names: str, **options: Any) -> None:
+        super().__init__("generator", "discriminator", "idle", **options)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        groups = (["generator"], ["discriminator", "idle"])
+        return [
+            torch.optim.SGD([self.branches[name].weight for name in names], 0.01)
+            for names in groups
+        ]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        this: Any = self
+        players = ("generator", "discriminator")
+        for player, optimizer in zip(players, this.optimizers(), strict=True):
+            if self.options.get("rarely") == player and batch_idx % 2:
+                continue
+            if self.options.get("toggle"):
+                this.toggle_optimizer(optimizer)
+            loss = self.out(*(players if player == "generator" else (player,)))
+            optimizer.zero_grad()
+            if self.options.get("raw"):
+                loss.backward()
+            else:
+                this.manual_backward(loss)
+            optimizer.step()
+            if self.options.get("toggle"):
+                this.untoggle_optimizer(optimizer)
+
+
+@pytest.mark.parametrize("options", [{"toggle": True}, {}, {"raw": True}], ids=str)
+def test_each_player_is_judged_in_its_own_steps(pl: Any, options: dict[str, Any]):
+    """In a GAN a report speaks of the player that steps, with streaks of its own steps."""
+    sink = MemorySink()
+    callback = GradWatch(for_steps=3, every_n_steps=1, sinks=[sink])
+    fit(pl, made(pl, Gan, **options), callback)
+
+    second = {a("discriminator"): OK, a("idle"): MISSING}
+    assert [r.statuses for r in sink.reports] == [{a("generator"): OK}, second] * 4
+    assert [r.optimizer for r in sink.reports] == [0, 1] * 4
+    assert [r.step for r in sink.reports] == list(range(8))
+    assert [r.batch for r in sink.reports] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert alerts(sink) == [(5, "disconnected", (a("idle"),))]
+    assert found(callback) == [(Cause.UNUSED, (a("idle"),))]
+
+
+def test_a_player_that_steps_rarely_has_a_slow_streak(pl: Any):
+    """Steps in which its optimizer did not step do not count for a parameter."""
+    sink = MemorySink()
+    callback = GradWatch(for_steps=3, sinks=[sink])
+    fit(pl, made(pl, Gan, toggle=True, rarely="discriminator"), callback, batches=6)
+
+    assert alerts(sink) == [(7, "disconnected", (a("idle"),))]
+
+
+class RawAccumulation(Net):
+    """Plain ``backward()`` in every batch, and a step in every second; one branch is used in the first."""
+
+    def __init__(self, *names: str, **options: Any) -> None:
+        super().__init__(*names, **options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        this: Any = self
+        self.out("first" if batch_idx % 2 == 0 else "last").backward()
+        if batch_idx % 2:
+            this.optimizers().step()
+            this.optimizers().zero_grad()
+
+
+def test_raw_backwards_accumulate_over_batches(pl: Any):
+    """What ``loss.backward()`` gave in an earlier batch counts for the step that comes after."""
+    sink = MemorySink()
+    callback = GradWatch(PATIENT, every_n_steps=1, sinks=[sink])
+    fit(pl, made(pl, RawAccumulation, "first", "last", "never"), callback, batches=6)
+
+    statuses = {a("first"): OK, a("last"): OK, a("never"): MISSING}
+    assert [report.statuses for report in sink.reports] == [statuses] * 3
+    assert found(callback) == [(Cause.UNUSED, (a("never"),))]
+
+
+# ---- Trainers
+
+
+def test_works_bare_outside_of_a_list(pl: Any):
+    """The callback can be given without a list, to the Trainer of either namespace."""
+    callback = GradWatch(PATIENT)
+    fit(pl, made(pl, Detached, "left", "right"), callback, callbacks=callback)
+
+    assert found(callback) == [(Cause.DETACHED, (a("left"),))]
+
+
+@pytest.mark.parametrize("options", [{"logger": False}, {"fast_dev_run": 2}], ids=str)
+def test_works_without_a_logger(pl: Any, options: dict[str, Any]):
+    """Without a logger, and with the dummy of ``fast_dev_run``, the diagnosis is the same."""
+    callback = GradWatch(PATIENT, every_n_steps=1)
+    trainer = fit(pl, made(pl, Detached, "left", "right"), callback, **options)
+
+    assert trainer.state.finished
+    assert found(callback) == [(Cause.DETACHED, (a("left"),))]
+
+
+def test_several_loggers_get_what_they_can_show(pl: Any, tmp_path: Path):
+    """TensorBoard gets statuses of each parameter, and a CSV logger beside it the summary."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = [
+        pl.loggers.TensorBoardLogger(tmp_path, "tb", version=""),
+        pl.loggers.CSVLogger(tmp_path, "csv", version=""),
+    ]
+    callback = GradWatch(PATIENT)
+    model = made(pl, Detached, "left", "right")
+    fit(pl, model, callback, logger=loggers, log_every_n_steps=2)
+
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    (tag,) = (t for t in events.Tags()["scalars"] if t.endswith(f"status/{a('left')}"))
+    rows = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()
+    assert [(s.step, s.value) for s in events.Scalars(tag)] == [(i, MISSING.code) for i in (0, 1, 3)]
+    assert "gradwatch/params_missing" in rows[0].split(",")
+    assert len(rows) == 1 + 3
+
+
+def test_two_callbacks_with_names_share_a_trainer(pl: Any):
+    """Two callbacks with names each keep a configuration and a state of their own."""
+    first, second = GradWatch(PATIENT, name="first"), GradWatch(name="second", for_steps=2)
+    trainer = fit(pl, made(pl, Detached, "left", "right"), first, callbacks=[first, second])
+
+    saved = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)["callbacks"]
+    assert sorted(saved) == ["GradWatch:first", "GradWatch:second"]
+    assert found(first) == found(second) == [(Cause.DETACHED, (a("left"),))]
+    assert (first.report.alerts, len(second.report.alerts)) == ((), 1)
+
+
+def test_two_callbacks_without_names_are_refused(pl: Any):
+    """Lightning refuses two callbacks that would write the same state."""
+    with pytest.raises(RuntimeError, match="more than one stateful callback"):
+        trainer_of(pl, None, callbacks=[GradWatch(), GradWatch()])
+
+
+def test_a_second_fit_begins_anew(pl: Any):
+    """Each ``fit`` starts with no streak and no diagnosis of the one before."""
+    callback = GradWatch(for_steps=3)
+    model = made(pl, Every, "each", "never", each=1, never=0)
+    fit(pl, model, callback, batches=2)
+    first = callback.diagnoses
+    fit(pl, model, callback, batches=2)
+
+    assert callback.diagnoses == first
+    assert callback.state_dict()["judge"]["streaks"] == {a("never"): 2}
+    assert callback.state_dict()["batches"] == 2
+
+
+def test_other_stages_leave_the_run_as_it_is(pl: Any):
+    """Validation, test and prediction after a fit change nothing that the callback tells."""
+    callback = GradWatch(PATIENT, every_n_steps=1)
+    model = made(pl, ValidationOnly, "left", "right")
+    trainer = fit(pl, model, callback)
+    before = (callback.report, callback.diagnoses, callback.state_dict())
+    trainer.validate(model, data(2), verbose=False)
+
+    assert (callback.report, callback.diagnoses, callback.state_dict()) == before
+
+
+# ---- checkpoints
+
+
+def test_streaks_survive_a_resume(pl: Any, tmp_path: Path):
+    """A checkpoint loads with ``weights_only=True``, and the streak goes on where it was."""
+    model = made(pl, Detached, "left", "right")
+    keep = pl.callbacks.ModelCheckpoint(tmp_path, filename="it", every_n_train_steps=3)
+    first = GradWatch(for_steps=5)
+    fit(pl, model, first, batches=3, callbacks=[first, keep], enable_checkpointing=True)
+    saved = torch.load(tmp_path / "it.ckpt", weights_only=True)["callbacks"]["GradWatch"]
+    sink = MemorySink()
+    second = GradWatch(for_steps=5, sinks=[sink])
+    trainer = trainer_of(pl, second, max_epochs=2)
+    trainer.fit(model, data(3), ckpt_path=tmp_path / "it.ckpt", weights_only=True)
+
+    assert saved["judge"]["streaks"] == {a("left"): 3}
+    assert alerts(sink) == [(4, "disconnected", (a("left"),))]
+    assert trainer.global_step == 6
+    assert [report.step for report in sink.reports] == [3, 4]
+
+
+def test_state_round_trips_without_a_run():
+    """A state that was loaded and not used yet is the state that is saved."""
+    callback = GradWatch()
+    state = {"version": 1, "steps": 3, "batches": 3, "judge": {"streaks": {"w": 3}}}
+    callback.load_state_dict(state)
+
+    assert callback.state_dict() == state
+
+
+# ---- the end of a run
+
+
+def test_abort_leaves_the_weights_of_the_step_before(pl: Any):
+    """``action: abort`` raises out of ``fit`` before the optimizer writes."""
+    model = made(pl, Detached, "left", "right")
+    seen = []
+    model.on_train_batch_start = lambda batch, batch_idx: seen.append(
+        copy.deepcopy(model.state_dict())
+    )
+    callback = GradWatch(for_steps=3, action="abort")
+    with pytest.raises(DisconnectedParameterError, match=r"branches\.left\.weight[\s\S]*detach"):
+        fit(pl, model, callback, batches=6)
+
+    after = model.state_dict()
+    assert len(seen) == 3
+    assert all(torch.equal(seen[-1][name], after[name]) for name in after)
+    assert not torch.equal(seen[0][a("right")], after[a("right")])
+    assert [alert.action for alert in callback.report.alerts] == ["abort"]
+
+
+def test_stop_ends_the_run_cleanly(pl: Any):
+    """``action: stop`` lets the step happen, and ends ``fit`` without an error."""
+    callback = GradWatch(for_steps=2, action="stop")
+    trainer = fit(pl, made(pl, Detached, "left", "right"), callback, batches=6)
+
+    assert (trainer.global_step, trainer.state.status) == (2, "finished")
+
+
+def test_errors_of_the_users_get_a_note(pl: Any):
+    """An error that training raises says in a note where its cause is, and is the same error."""
+
+    class NoHistory(Net):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            return self.out("left").detach()  # <- here
+
+    with pytest.raises(RuntimeError, match="does not require grad") as caught:
+        fit(pl, made(pl, NoHistory, "left"), GradWatch())
+
+    (note,) = (note for note in caught.value.__notes__ if note.startswith("GradWatch"))
+    assert f"{Path(__file__).name}:{guilty_line(NoHistory)}" in note
+
+
+def test_batches_that_a_hook_skips_leave_no_trace(pl: Any):
+    """When the module's ``on_train_batch_start`` ends the epoch, the trace ends with it."""
+    model = made(pl, Net, "left")
+    model.on_train_batch_start = lambda batch, batch_idx: -1
+    callback = GradWatch()
+    trainer = fit(pl, model, callback)
+
+    assert trainer.global_step == 0
+    assert callback.diagnoses == ()
+
+
+# ---- LightningCLI
+
+CLI_CONFIG = """\
+seed_everything: false
+model: {{class_path: {module}.{model}}}
+trainer:
+  accelerator: cpu
+  max_epochs: 1
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: gradwatch.GradWatch
+      init_args:
+        every_n_steps: 2
+        config:
+          trace: never
+          {key}: [{{name: silent, when: {{status: missing, for_steps: 2}}, action: stop}}]
+"""
+
+
+@pytest.fixture
+def no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the arguments of pytest from the command line of Lightning."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+
+def cli(pl: Any, tmp_path: Path, key: str) -> Any:
+    """Fit a model from a YAML file, as a command line does."""
+    home = importlib.import_module(f"{pl.__name__}.cli")
+    demo = importlib.import_module(f"{pl.__name__}.demos.boring_classes")
+    path = tmp_path / "cli.yaml"
+    path.write_text(CLI_CONFIG.format(module=demo.__name__, model="BoringModel", key=key))
+    return home.LightningCLI(
+        args=["fit", "--config", str(path)], save_config_callback=None, seed_everything_default=False
+    )
+
+
+@pytest.mark.usefixtures("no_arguments")
+def test_the_cli_takes_the_callback_from_yaml(pl: Any, tmp_path: Path):
+    """A YAML file with ``class_path: gradwatch.GradWatch`` configures the run."""
+    ran = cli(pl, tmp_path, "rules")
+
+    (callback,) = (x for x in ran.trainer.callbacks if isinstance(x, GradWatch))
+    assert callback.config.log.every_n_steps == 2
+    assert callback.config.trace == "never"
+    assert [rule.name for rule in callback.config.rules] == ["silent"]
+    assert callback.report.statuses == {"layer.weight": OK, "layer.bias": OK}
+
+
+@pytest.mark.usefixtures("no_arguments")
+def test_the_cli_refuses_a_typo(
+    pl: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A key inside of ``config`` that does not exist is refused by the parser."""
+    with pytest.raises(SystemExit, match="2"):
+        cli(pl, tmp_path, "ruels")
+
+    assert "ruels" in capsys.readouterr().err
+
+
+def test_lightning_modules_may_be_typed(pl: Any):
+    """The classes of both namespaces are bases of the callback."""
+    assert issubclass(GradWatch, pl.Callback)

@@ -1,0 +1,1098 @@
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradwatch import (
+    Cause,
+    Config,
+    ConfigError,
+    Diagnosis,
+    DisconnectedParameterError,
+    GradientAlertError,
+    Report,
+    Status,
+    Watcher,
+    diagnose,
+)
+from gradwatch.sinks import MemorySink
+
+OK, MISSING, ZERO, FROZEN, NONFINITE, UNSEEN = (
+    Status.OK,
+    Status.MISSING,
+    Status.ZERO,
+    Status.FROZEN,
+    Status.NONFINITE,
+    Status.UNSEEN,
+)
+PATIENT: dict[str, Any] = {"rules": []}
+
+
+class Healthy(nn.Module):
+    """Two layers, both of which train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(2, 2, bias=False)
+        self.b = nn.Linear(2, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.b(self.a(x)).pow(2).mean()
+
+
+class Detached(Healthy):
+    """The first layer is cut off."""
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.a(x).detach()  # <- here
+        return self.b(hidden).pow(2).mean()
+
+
+class Fork(nn.Module):
+    """Branches of which the names in ``on`` are added up."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.branches = nn.ModuleDict({name: nn.Linear(2, 1, bias=False) for name in names})
+        self.on = set(names)
+
+    def forward(self, x: Tensor) -> Any:
+        return sum(branch(x).sum() for name, branch in self.branches.items() if name in self.on)
+
+
+def a(name: str) -> str:
+    """Return the name of the weight of a branch."""
+    return f"branches.{name}.weight"
+
+
+def batch(size: int = 4) -> Tensor:
+    return torch.ones(size, 2)
+
+
+def guilty_line(owner: Any) -> int:
+    """Return the line that is marked in the source."""
+    lines, first = inspect.getsourcelines(owner)
+    return first + next(i for i, line in enumerate(lines) if "# <- here" in line)
+
+
+def sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01, **options)
+
+
+class Run:
+    """A watched run of a model under one optimizer, step by step."""
+
+    def __init__(self, model: nn.Module, config: Any = None, **options: Any) -> None:
+        self.model = model
+        self.sink = MemorySink()
+        self.optimizer = options.pop("optimizer", None) or sgd(model)
+        self.watcher = Watcher(
+            model, config, optimizers=[self.optimizer], sinks=[self.sink], **options
+        )
+
+    def __enter__(self) -> Run:
+        self.watcher.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.watcher.__exit__(*error)
+
+    def step(self, times: int = 1) -> None:
+        for _ in range(times):
+            with self.watcher.step():
+                self.model(batch()).backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+
+    @property
+    def statuses(self) -> list[dict[str, Status]]:
+        return [report.statuses for report in self.sink.reports]
+
+    @property
+    def alerts(self) -> list[tuple[int, str, tuple[str, ...]]]:
+        return [
+            (alert.step, alert.rule, alert.parameters)
+            for report in self.sink.reports
+            for alert in report.alerts
+        ]
+
+    @property
+    def traced(self) -> int:
+        return self.watcher._traces
+
+
+def found(diagnoses: tuple[Diagnosis, ...]) -> list[tuple[Cause, tuple[str, ...]]]:
+    return [(diagnosis.cause, diagnosis.parameters) for diagnosis in diagnoses]
+
+
+# ---- Watcher: statuses, norms, diagnoses
+
+
+def test_healthy_model_stays_silent(capsys: pytest.CaptureFixture[str]):
+    """A model whose parameters all train makes no report but the logged ones, and no output."""
+    with Run(Healthy(), every_n_steps=5) as run:
+        run.step(12)
+
+    assert [report.step for report in run.sink.reports] == [4, 9]
+    assert run.statuses == [{"a.weight": OK, "b.weight": OK}] * 2
+    assert run.watcher.diagnoses == ()
+    assert run.traced == 1
+    assert capsys.readouterr() == ("", "")
+
+
+def test_missing_gradient_is_diagnosed_in_the_first_step(capsys: pytest.CaptureFixture[str]):
+    """The first report names parameter, cause and line; nothing is said again after it."""
+    with Run(Detached(), PATIENT) as run:
+        run.step(5)
+
+    (report,) = run.sink.reports
+    (diagnosis,) = report.diagnoses
+    assert report.statuses == {"a.weight": MISSING, "b.weight": OK}
+    assert (diagnosis.cause, diagnosis.parameters) == (Cause.DETACHED, ("a.weight",))
+    assert diagnosis.site is not None
+    assert (diagnosis.site.file, diagnosis.site.line) == (__file__, guilty_line(Detached))
+    assert run.watcher.report == report
+    assert run.watcher.diagnoses == report.diagnoses
+    assert capsys.readouterr().err.count("warning[detached]") == 1
+
+
+def test_norms_are_measured_on_logged_steps_only():
+    """Norms are those of the gradients before the step, every N steps, and empty otherwise."""
+    with Run(Detached(), PATIENT, every_n_steps=3) as run:
+        run.step(2)
+        run.model(batch()).backward()
+        weight = run.model.b.weight
+        assert isinstance(weight.grad, Tensor)
+        expected = weight.grad.norm().item()
+        run.optimizer.zero_grad()
+        run.step(4)
+
+    assert [(r.step, r.logged) for r in run.sink.reports] == [(0, False), (2, True), (5, True)]
+    assert run.sink.reports[0].norms == {}
+    assert run.sink.reports[0].total_norm is None
+    assert run.sink.reports[1].norms == {"b.weight": pytest.approx(expected)}
+    assert run.sink.reports[1].total_norm == pytest.approx(expected)
+
+
+def test_unlogged_steps_cost_no_kernel_and_no_copy():
+    """A step that is neither logged nor traced runs no operation of torch's and reads no value."""
+    model = Healthy()
+    optimizer = sgd(model)
+    watcher = Watcher(model, optimizers=[optimizer], every_n_steps=3)
+    watcher.begin([optimizer])
+    ran = [watched_step(watcher, model, optimizer) for _ in range(3)]
+    watcher.close()
+
+    assert ran[1] == Counter()
+    assert ran[2]["_foreach_norm"] == 1
+    assert ran[2]["copies"] == 1
+
+
+def watched_step(watcher: Watcher, model: nn.Module, optimizer: Any) -> Counter[str]:
+    """Count what the watcher runs in one step, the step itself left out."""
+    counts: Counter[str] = Counter()
+
+    class Kernels(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            counts[func.overloadpacket.__name__] += 1
+            return func(*args, **(kwargs or {}))
+
+    class Copies(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            counts["copies"] += func in {Tensor.tolist, Tensor.item, Tensor.numpy}
+            return func(*args, **(kwargs or {}))
+
+    watcher.begin_batch()
+    loss = model(batch())
+    with Copies(), Kernels():
+        watcher.before_backward()
+    loss.backward()
+    with Copies(), Kernels():
+        watcher.after_backward()
+        watcher.before_step(optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
+    with Copies(), Kernels():
+        watcher.end_batch()
+    return +counts
+
+
+def test_without_optimizers_a_step_is_judged_at_its_end():
+    """A watcher without optimizers speaks of every parameter when the block ends."""
+    model = Detached()
+    sink = MemorySink()
+    with Watcher(model, PATIENT, sinks=[sink], every_n_steps=2) as watcher:
+        for _ in range(4):
+            model.zero_grad()
+            with watcher.step():
+                model(batch()).backward()
+
+    assert [report.step for report in sink.reports] == [0, 1, 3]
+    assert [r.statuses for r in sink.reports] == [{"a.weight": MISSING, "b.weight": OK}] * 3
+    assert found(watcher.diagnoses) == [(Cause.DETACHED, ("a.weight",))]
+
+
+def test_several_backwards_are_one_step():
+    """Gradients of every backward in a step count, and the norm is that of their sum."""
+    run = Run(Fork("left", "right", "never"), PATIENT, every_n_steps=1)
+    with run:
+        for _ in range(2):
+            with run.watcher.step():
+                for names in ({"left"}, {"right"}, {"right"}):
+                    run.model.on = names  # type: ignore[assignment]
+                    run.model(batch(1)).backward()
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+
+    statuses = {a("left"): OK, a("right"): OK, a("never"): MISSING}
+    assert run.statuses == [statuses] * 2
+    assert run.sink.reports[1].norms == pytest.approx({a("left"): 2**0.5, a("right"): 2 * 2**0.5})
+    assert found(run.watcher.diagnoses) == [(Cause.UNUSED, (a("never"),))]
+
+
+def test_gradients_accumulate_over_blocks():
+    """A gradient that arrived in an earlier block counts for the step that comes after."""
+    run = Run(Fork("first", "last", "never"), PATIENT, every_n_steps=1)
+    with run:
+        for _ in range(3):
+            for name in ("first", "last"):
+                run.model.on = {name}  # type: ignore[assignment]
+                with run.watcher.step():
+                    run.model(batch()).backward()
+                    if name == "last":
+                        run.optimizer.step()
+                        run.optimizer.zero_grad()
+
+    statuses = {a("first"): OK, a("last"): OK, a("never"): MISSING}
+    assert run.statuses == [statuses] * 3
+    assert found(run.watcher.diagnoses) == [(Cause.UNUSED, (a("never"),))]
+
+
+def test_a_step_between_blocks_is_judged_too():
+    """An optimizer that steps after the block is judged with what arrived in it."""
+    run = Run(Fork("used", "never"), PATIENT, every_n_steps=2)
+    with run:
+        for _ in range(4):
+            run.model.on = {"used"}  # type: ignore[assignment]
+            with run.watcher.step():
+                run.model(batch()).backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+
+    assert [(r.step, r.batch, r.logged) for r in run.sink.reports] == [
+        (0, 0, False),
+        (1, 1, True),
+        (3, 3, True),
+    ]
+    assert run.statuses == [{a("used"): OK, a("never"): MISSING}] * 3
+
+
+def test_zeros_left_after_a_step_are_missing():
+    """A parameter that no longer trains is missing though its gradient is zero and not None."""
+    with Run(Fork("left", "right"), PATIENT, every_n_steps=1) as run:
+        for names in ({"left", "right"}, {"left"}, {"left"}):
+            run.model.on = names  # type: ignore[assignment]
+            with run.watcher.step():
+                run.model(batch()).backward()
+                run.optimizer.step()
+                run.optimizer.zero_grad(set_to_none=False)
+
+    assert run.statuses == [
+        {a("left"): OK, a("right"): OK},
+        {a("left"): OK, a("right"): MISSING},
+        {a("left"): OK, a("right"): MISSING},
+    ]
+
+
+def test_closures_are_judged_after_they_ran():
+    """An optimizer that is given a closure is judged by the gradients of that closure."""
+    model = Fork("used", "never")
+    model.on = {"used"}
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=3)
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = model(batch()).pow(2)
+        loss.backward()
+        return loss
+
+    with Run(model, PATIENT, every_n_steps=1, optimizer=optimizer) as run:
+        for _ in range(2):
+            with run.watcher.step():
+                optimizer.step(closure)
+
+    assert [report.step for report in run.sink.reports] == [0, 1]
+    assert run.statuses == [{a("used"): OK, a("never"): MISSING}] * 2
+
+
+def test_each_optimizer_reports_its_own_parameters():
+    """A report speaks of the parameters of the optimizer that stepped, and counts all steps."""
+    model = Fork("left", "right")
+    optimizers = [torch.optim.SGD(branch.parameters(), 0.01) for branch in model.branches.values()]
+    sink = MemorySink()
+    options: Any = {"optimizers": optimizers, "sinks": [sink], "every_n_steps": 1}
+    with Watcher(model, PATIENT, **options) as watcher:
+        for _ in range(2):
+            with watcher.step():
+                for name, optimizer in zip(("left", "right"), optimizers, strict=True):
+                    model.on = {name}
+                    model(batch()).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+    assert [(r.step, r.batch, r.optimizer, r.statuses) for r in sink.reports] == [
+        (0, 0, 0, {a("left"): OK}),
+        (1, 0, 1, {a("right"): OK}),
+        (2, 1, 0, {a("left"): OK}),
+        (3, 1, 1, {a("right"): OK}),
+    ]
+    assert watcher.diagnoses == ()
+
+
+def test_streaks_count_the_steps_of_the_owner():
+    """An optimizer that steps half as often has streaks that grow half as fast."""
+    model = Fork("often", "rare")
+    model.on = set()
+    extra = nn.Parameter(torch.ones(2))
+    often, rare = (torch.optim.SGD(b.parameters(), 0.01) for b in model.branches.values())
+    sink = MemorySink()
+    with Watcher(model, optimizers=[often, rare], sinks=[sink], for_steps=3) as watcher:
+        for step in range(6):
+            with watcher.step():
+                extra.sum().backward()
+                often.step()
+                if step % 2:
+                    rare.step()
+
+    alerts = [(x.step, x.parameters, x.steps) for r in sink.reports for x in r.alerts]
+    assert alerts == [(3, (a("often"),), 3), (8, (a("rare"),), 3)]
+
+
+def test_every_status_is_told():
+    """Each parameter of a model has the status of its gradient."""
+    model = Fork("fine", "zero", "nonfinite", "frozen", "missing")
+    model.branches["frozen"].requires_grad_(requires_grad=False)
+    weights = [torch.tensor(x) for x in (1.0, 0.0, float("inf"), 1.0)]
+
+    def loss() -> Any:
+        outs = [branch(batch()).sum() for branch in list(model.branches.values())[:4]]
+        return sum(out * weight for out, weight in zip(outs, weights, strict=True))
+
+    sink = MemorySink()
+    with Watcher(model, PATIENT, sinks=[sink], every_n_steps=1) as watcher, watcher.step():
+        loss().backward()
+
+    assert sink.reports[0].statuses == {
+        a("fine"): OK,
+        a("zero"): ZERO,
+        a("nonfinite"): NONFINITE,
+        a("frozen"): FROZEN,
+        a("missing"): MISSING,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_lazy_parameters_are_unseen_until_they_have_a_shape():
+    """A parameter that no input has given a shape is not called missing."""
+    model = Fork("used")
+    model.branches["lazy"] = nn.LazyLinear(1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with Run(model, every_n_steps=1, optimizer=optimizer) as run:
+        with run.watcher.step():
+            run.model(batch()).backward()
+            run.watcher._before_plain_step(optimizer, (optimizer,), {})
+            run.model.zero_grad()
+        run.model.on = {"used", "lazy"}  # type: ignore[assignment]
+        run.step()
+
+    assert run.statuses == [{a("used"): OK, a("lazy"): UNSEEN}, {a("used"): OK, a("lazy"): OK}]
+    assert run.watcher.diagnoses == ()
+
+
+def test_zero_gradients_are_a_note():
+    """A gradient that is always zero is diagnosed as a note, in the second traced step."""
+    model = Healthy()
+    nn.init.zeros_(model.b.weight)
+
+    with Run(model, PATIENT, optimizer=torch.optim.SGD(model.parameters(), 0.0)) as run:
+        run.step(4)
+
+    (diagnosis,) = (d for d in run.watcher.diagnoses if "a.weight" in d.parameters)
+    assert (diagnosis.cause, diagnosis.status) == (Cause.ZERO_GRADIENT, ZERO)
+    assert (diagnosis.severity, diagnosis.step) == ("note", 1)
+
+
+def test_tied_parameters_are_one_in_reports():
+    """A tied parameter stands in a report once, with its names as aliases."""
+    model = Healthy()
+    model.b = nn.Linear(2, 2, bias=False)
+    model.b.weight = model.a.weight
+    with Run(model, every_n_steps=1) as run:
+        run.step()
+
+    assert run.statuses == [{"a.weight": OK}]
+    assert run.watcher.report.aliases == {"a.weight": ("a.weight", "b.weight")}
+
+
+# ---- Watcher: traces
+
+
+def test_a_grown_set_is_traced_again():
+    """A parameter that stops training later is diagnosed in the step after that."""
+    with Run(Fork("left", "right"), PATIENT) as run:
+        run.step(3)
+        run.model.on = {"left"}  # type: ignore[assignment]
+        run.step(3)
+
+    assert found(run.watcher.diagnoses) == [(Cause.UNUSED, (a("right"),))]
+    assert [diagnosis.step for diagnosis in run.watcher.diagnoses] == [4]
+    assert run.traced == 2
+
+
+def test_no_more_than_ten_steps_are_traced():
+    """A run in which something new goes wrong over and over is traced ten times."""
+    names = [f"branch{i}" for i in range(15)]
+    with Run(Fork(*names), PATIENT) as run:
+        for count in range(15, 0, -1):
+            run.model.on = set(names[:count])  # type: ignore[assignment]
+            run.step(2)
+
+    assert run.traced == 10
+    assert [parameters for _, parameters in found(run.watcher.diagnoses)] == [
+        (a(f"branch{i}"),) for i in range(14, 5, -1)
+    ]
+
+
+def test_without_traces_the_cause_is_undetermined():
+    """``trace: never`` still tells which parameters are missing, and of zeros that they are."""
+    with Run(Detached(), PATIENT | {"trace": "never"}, every_n_steps=1) as run:
+        run.step(3)
+
+    assert found(run.watcher.diagnoses) == [(Cause.UNDETERMINED, ("a.weight",))]
+    assert run.watcher.diagnoses[0].site is None
+    assert run.traced == 0
+
+
+def test_healthy_model_without_traces_stays_silent():
+    """``trace: never`` says nothing of a model that trains."""
+    with Run(Healthy(), {"trace": "never"}) as run:
+        run.step(3)
+
+    assert run.sink.reports == []
+
+
+def test_healing_is_told_once(capsys: pytest.CaptureFixture[str]):
+    """A diagnosis ends in the step in which a gradient arrives again, and that is said once."""
+    with Run(Fork("left", "right"), PATIENT) as run:
+        run.model.on = {"left"}  # type: ignore[assignment]
+        run.step(2)
+        run.model.on = {"left", "right"}  # type: ignore[assignment]
+        run.step(3)
+
+    (diagnosis,) = run.watcher.diagnoses
+    assert (diagnosis.step, diagnosis.healed_at) == (0, 2)
+    assert [report.step for report in run.sink.reports] == [0, 2]
+    assert run.sink.reports[1].diagnoses == ()
+
+
+def test_a_relapse_is_diagnosed_anew():
+    """What heals and goes wrong again makes a second diagnosis."""
+    with Run(Fork("left", "right"), PATIENT) as run:
+        for names in ({"left"}, {"left", "right"}, {"left"}, {"left"}):
+            run.model.on = names  # type: ignore[assignment]
+            run.step()
+
+    assert [(d.step, d.healed_at) for d in run.watcher.diagnoses] == [(0, 1), (3, None)]
+
+
+def test_gradient_emptied_before_the_step_is_cleared():
+    """A ``zero_grad`` between backward and step is named as the cause, with its line."""
+    with Run(Healthy(), PATIENT) as run, run.watcher.step():
+        run.model(batch()).backward()
+        run.model.zero_grad()  # <- here
+        run.optimizer.step()
+
+    (diagnosis,) = run.watcher.diagnoses
+    assert (diagnosis.cause, diagnosis.parameters) == (Cause.CLEARED, ("a.weight", "b.weight"))
+    assert diagnosis.site is not None
+    assert diagnosis.site.line == guilty_line(test_gradient_emptied_before_the_step_is_cleared)
+
+
+def test_gradient_zeroed_before_the_step_is_cleared():
+    """Emptying gradients in place is the same mistake, in whatever way."""
+    with Run(Healthy(), PATIENT) as run, run.watcher.step():
+        run.model(batch()).backward()
+        run.model.zero_grad(set_to_none=False)  # <- here
+        run.optimizer.step()
+
+    (diagnosis,) = run.watcher.diagnoses
+    assert (diagnosis.cause, diagnosis.parameters) == (Cause.CLEARED, ("a.weight", "b.weight"))
+
+
+# ---- Watcher: optimizers
+
+
+def test_parameters_in_no_optimizer_are_named():
+    """A parameter that no optimizer holds is diagnosed whatever its gradient is."""
+    model = Healthy()
+    optimizer = torch.optim.SGD(model.a.parameters(), 0.01)
+    with Run(model, PATIENT, optimizer=optimizer, every_n_steps=1) as run:
+        run.step(3)
+
+    assert found(run.watcher.diagnoses) == [(Cause.NOT_IN_OPTIMIZER, ("b.weight",))]
+    assert run.statuses[0] == {"a.weight": OK, "b.weight": OK}
+
+
+def test_parameters_in_no_optimizer_are_said_once_with_several():
+    """A parameter in no optimizer that trains in the steps of one stays that one diagnosis."""
+    model = Fork("left", "right", "orphan")
+    optimizers = [torch.optim.SGD(model.branches[n].parameters(), 0.01) for n in ("left", "right")]
+    with Watcher(model, PATIENT, optimizers=optimizers) as watcher:
+        for _ in range(4):
+            with watcher.step():
+                for names, optimizer in zip(
+                    ({"left", "orphan"}, {"right"}), optimizers, strict=True
+                ):
+                    model.on = names
+                    model(batch()).backward()
+                    optimizer.step()
+                    model.zero_grad()
+
+    assert found(watcher.diagnoses) == [(Cause.NOT_IN_OPTIMIZER, (a("orphan"),))]
+    assert watcher._traces == 1
+
+
+def test_frozen_and_meant_parameters_outside_are_not_named():
+    """A frozen parameter, or one that the contract expects no gradient for, needs no optimizer."""
+    model = Fork("used", "frozen", "teacher")
+    model.on = {"used", "frozen"}
+    model.branches["frozen"].requires_grad_(requires_grad=False)
+    optimizer = torch.optim.SGD(model.branches["used"].parameters(), 0.01)
+    contract = [{"parameters": "*.teacher.*", "gradient": "none"}]
+    with Run(model, {"contract": contract}, optimizer=optimizer) as run:
+        run.step(3)
+
+    assert run.watcher.diagnoses == ()
+
+
+def test_a_group_added_later_ends_the_diagnosis():
+    """A parameter that an optimizer is given later is no orphan any more."""
+    model = Healthy()
+    optimizer = torch.optim.SGD(model.a.parameters(), 0.01)
+    with Run(model, PATIENT, optimizer=optimizer) as run:
+        run.step(2)
+        optimizer.add_param_group({"params": model.b.parameters()})
+        run.step(2)
+
+    assert [(d.cause, d.healed_at) for d in run.watcher.diagnoses] == [(Cause.NOT_IN_OPTIMIZER, 2)]
+
+
+def test_hooks_on_optimizers_are_gone_afterwards():
+    """After the block an optimizer has the hooks it had before, also after an error."""
+    model = Healthy()
+    optimizer = sgd(model)
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    with Watcher(model, optimizers=[optimizer]):
+        during = [len(hook) for hook in hooks]
+    with pytest.raises(KeyError, match="mine"), Watcher(model, optimizers=[optimizer]):
+        raise KeyError("mine")
+
+    assert during == [1, 1]
+    assert [len(hook) for hook in hooks] == [0, 0]
+
+
+# ---- Watcher: rules and the contract
+
+
+def test_a_rule_warns_once_and_again_after_healing(capsys: pytest.CaptureFixture[str]):
+    """``disconnected`` speaks once per streak, and a new streak makes it speak again."""
+    with Run(Fork("left", "right"), for_steps=2) as run:
+        for names in ({"left"}, {"left", "right"}, {"left"}):
+            run.model.on = names  # type: ignore[assignment]
+            run.step(4)
+
+    assert run.alerts == [
+        (1, "disconnected", (a("right"),)),
+        (9, "disconnected", (a("right"),)),
+    ]
+    assert capsys.readouterr().err.count("disconnected") == 2
+
+
+def test_an_action_can_be_silent(capsys: pytest.CaptureFixture[str]):
+    """``action: log`` reaches the sinks, and not the console."""
+    with Run(Fork("left", "right"), {"trace": "never"}, for_steps=2, action="log") as run:
+        run.model.on = {"left"}  # type: ignore[assignment]
+        run.step(4)
+
+    assert run.alerts == [(1, "disconnected", (a("right"),))]
+    assert "disconnected" not in capsys.readouterr().err
+
+
+def test_stop_asks_the_loop_to_stop():
+    """``action: stop`` raises nothing and sets ``should_stop``."""
+    with Run(Detached(), for_steps=2, action="stop") as run:
+        run.step()
+        before = run.watcher.should_stop
+        run.step()
+
+    assert (before, run.watcher.should_stop) == (False, True)
+
+
+def test_abort_comes_before_the_optimizer_writes():
+    """``action: abort`` raises with the diagnosis in its text, and no weight has moved."""
+    run = Run(Detached(), for_steps=3, action="abort")
+    with (
+        run,
+        pytest.raises(DisconnectedParameterError, match=r"a rule ended the run[\s\S]*detached"),
+    ):
+        for _ in range(5):
+            before = copy.deepcopy(run.model.state_dict())
+            run.step()
+
+    after = run.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert run.alerts == [(2, "disconnected", ("a.weight",))]
+
+
+def test_abort_carries_its_report():
+    """The error of an abort holds the report of the step that ended the run."""
+    run = Run(Detached(), for_steps=1, action="abort")
+    with run, pytest.raises(DisconnectedParameterError, match="detached") as caught:
+        run.step()
+
+    assert caught.value.report == run.watcher.report
+    assert caught.value.report.statuses == {"a.weight": MISSING, "b.weight": OK}
+
+
+def test_abort_over_a_norm_is_a_plain_alert_error():
+    """A rule over norms ends the run with the general error, not with the one for missing."""
+    rules = [{"name": "loud", "when": {"norm_above": 0}, "action": "abort"}]
+    run = Run(Healthy(), {"rules": rules}, every_n_steps=2)
+    with run, pytest.raises(GradientAlertError, match="loud") as caught:
+        run.step(3)
+
+    assert type(caught.value) is GradientAlertError
+    assert run.alerts == [(1, "loud", ("a.weight", "b.weight"))]
+
+
+def test_abort_without_optimizers_comes_at_the_end_of_the_step():
+    """Without optimizers the error is raised when the block ends."""
+    model = Detached()
+    passed = []
+    with (
+        Watcher(model, for_steps=1, action="abort") as watcher,
+        pytest.raises(DisconnectedParameterError, match=r"a\.weight"),
+        watcher.step(),
+    ):
+        model(batch()).backward()
+        passed.append("backward")
+
+    assert passed == ["backward"]
+
+
+def test_contract_of_none_silences():
+    """What is meant to get no gradient is neither diagnosed nor counted by a rule."""
+    contract = [{"parameters": "a.*", "gradient": "none", "reason": "pretrained"}]
+    with Run(Detached(), {"contract": contract}, for_steps=1) as run:
+        run.step(4)
+
+    assert run.sink.reports == []
+    assert run.traced == 1
+
+
+def test_contract_of_none_is_broken_by_a_gradient(capsys: pytest.CaptureFixture[str]):
+    """What is meant to get no gradient and gets one is reported once, with its reason."""
+    contract = [{"parameters": "a.*", "gradient": "none", "reason": "an EMA teacher"}]
+    with Run(Healthy(), {"contract": contract}) as run:
+        run.step(4)
+
+    assert run.alerts == [(0, "contract", ("a.weight",))]
+    assert "an EMA teacher" in capsys.readouterr().err
+
+
+def test_contract_of_intermittent_is_patient():
+    """A parameter that trains now and then is silent until it was missing for ``within`` steps."""
+    contract = [{"parameters": "*right*", "gradient": "intermittent", "within": 4}]
+    with Run(Fork("left", "right"), {"contract": contract}, for_steps=1) as run:
+        for count, names in ((3, {"left"}), (1, {"left", "right"}), (4, {"left"})):
+            run.model.on = names  # type: ignore[assignment]
+            run.step(count)
+
+    assert run.alerts == [(7, "disconnected", (a("right"),)), (7, "contract", (a("right"),))]
+    assert run.watcher.diagnoses == ()
+
+
+def test_excluded_parameters_are_not_watched():
+    """Only what ``include`` matches and ``exclude`` does not stands in reports."""
+    watch = {"include": ["branches.a*", "branches.b*"], "exclude": "*b2*"}
+    model = Fork("a1", "b1", "b2", "c1")
+    model.on = {"a1"}
+    with Run(model, PATIENT | {"watch": watch}) as run:
+        run.step(2)
+
+    assert run.statuses == [{a("a1"): OK, a("b1"): MISSING}]
+    assert found(run.watcher.diagnoses) == [(Cause.UNUSED, (a("b1"),))]
+
+
+def test_exclude_matches_any_name_of_a_tied_parameter():
+    """A tied parameter is left out by any of its names."""
+    model = Healthy()
+    model.b = nn.Linear(2, 2, bias=False)
+    model.b.weight = model.a.weight
+    model.c = nn.Linear(2, 2, bias=False)
+    with Run(model, PATIENT | {"watch": {"exclude": "b.*"}}) as run:
+        run.step()
+
+    assert run.statuses == [{"c.weight": MISSING}]
+
+
+# ---- Watcher: files, state, errors
+
+
+def test_reports_are_written_as_json_lines(tmp_path: Path):
+    """Each report of a run is a line of JSON that reads back as the same report."""
+    path = tmp_path / "reports.jsonl"
+    config = PATIENT | {"log": {"jsonl": str(path), "every_n_steps": 2}}
+    with Run(Detached(), config) as run:
+        run.step(4)
+
+    lines = path.read_text().splitlines()
+    assert [Report.from_dict(json.loads(line)) for line in lines] == run.sink.reports
+    assert [report.step for report in run.sink.reports] == [0, 1, 3]
+
+
+def test_log_dir_gets_tensorboard_files(tmp_path: Path):
+    """``log_dir`` holds what TensorBoard shows: the status of every parameter at each logged step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Run(Detached(), PATIENT, log_dir=tmp_path / "runs", every_n_steps=1) as run:
+        run.step(3)
+
+    events = EventAccumulator(str(tmp_path / "runs"))
+    events.Reload()
+    (tag,) = (tag for tag in events.Tags()["scalars"] if tag.endswith("status/a.weight"))
+    scalars = events.Scalars(tag)
+    assert [(s.step, s.value) for s in scalars] == [(step, MISSING.code) for step in range(3)]
+
+
+def test_nothing_is_written_without_being_asked(empty_folder: Path):
+    """A run without ``log_dir`` and ``jsonl`` leaves no file."""
+    with Run(Detached()) as run:
+        run.step(2)
+
+    assert list(empty_folder.iterdir()) == []
+
+
+def test_state_survives_a_checkpoint(tmp_path: Path):
+    """Streaks, steps and batches go on where a checkpoint that holds plain values left them."""
+    with Run(Detached(), for_steps=5, every_n_steps=3) as first:
+        first.step(4)
+        torch.save(first.watcher.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    second = Run(Detached(), for_steps=5, every_n_steps=3)
+    second.watcher.load_state_dict(state)
+    before = second.watcher.state_dict()
+    with second:
+        second.step(2)
+
+    assert before == state
+    assert second.alerts == [(4, "disconnected", ("a.weight",))]
+    assert [(r.step, r.batch, r.logged) for r in second.sink.reports] == [
+        (4, 4, False),
+        (5, 5, True),
+    ]
+
+
+def test_state_can_be_loaded_into_a_running_watcher():
+    """A state that comes after the beginning replaces what was counted so far."""
+    with Run(Detached(), for_steps=5) as run:
+        run.step(1)
+        state = run.watcher.state_dict()
+        run.step(2)
+        run.watcher.load_state_dict(state)
+        run.step(4)
+
+    assert run.alerts == [(4, "disconnected", ("a.weight",))]
+
+
+def test_what_was_said_is_not_said_again_after_a_resume():
+    """An alert of before the checkpoint does not come again while its streak lasts."""
+    with Run(Detached(), for_steps=2) as first:
+        first.step(3)
+        state = first.watcher.state_dict()
+    second = Run(Detached(), for_steps=2)
+    second.watcher.load_state_dict(state)
+    with second:
+        second.step(3)
+
+    assert (first.alerts, second.alerts) == ([(1, "disconnected", ("a.weight",))], [])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"action": "explode"}, "explode"),
+        ({"for_steps": 0}, "for_steps"),
+        ({"every_n_steps": -1}, "every_n_steps"),
+        ({"config": {"ruels": []}}, "ruels"),
+        ({"config": "nowhere.yaml"}, "nowhere.yaml"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_refused_at_once(options: dict[str, Any], message: str):
+    """A mistake in the configuration is an error before anything runs."""
+    with pytest.raises(ConfigError, match=message):
+        Watcher(Healthy(), **options)
+
+
+def test_an_optimizer_in_place_of_a_list_is_refused():
+    """``optimizers`` takes a list."""
+    model = Healthy()
+
+    with pytest.raises(TypeError, match="not iterable"):
+        Watcher(model, optimizers=sgd(model))  # type: ignore[arg-type]
+
+
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path):
+    """A ``jsonl`` that is a folder is an error when the run begins."""
+    config = Config.model_validate({"log": {"jsonl": str(tmp_path)}})
+
+    with pytest.raises(ConfigError, match="is a folder"), Watcher(Healthy(), config):
+        pass
+
+
+def test_a_watcher_that_was_closed_stays_silent():
+    """After the block a watcher watches nothing any more, and its report stays readable."""
+    with Run(Detached(), PATIENT) as run:
+        run.step()
+    run.step(2)
+    run.watcher.close()
+
+    assert [report.step for report in run.sink.reports] == [0]
+    assert run.watcher.report == run.sink.reports[0]
+
+
+def test_an_exception_in_a_step_passes_through_with_a_note():
+    """An error of the user's is the same error, with a note on its cause, and the run goes on."""
+    with Run(Healthy(), PATIENT, every_n_steps=1) as run:
+        with pytest.raises(RuntimeError, match="does not require grad") as caught, run.watcher.step():
+            run.model(batch()).detach().backward()  # <- here
+        run.step(2)
+
+    (note,) = caught.value.__notes__
+    line = guilty_line(test_an_exception_in_a_step_passes_through_with_a_note)
+    assert note.startswith("GradWatch: ")
+    assert f"{Path(__file__).name}:{line}" in note
+    assert run.statuses == [{"a.weight": OK, "b.weight": OK}] * 2
+
+
+def test_an_exception_between_steps_passes_through():
+    """An error between two steps, or after a step's end, leaves the block unchanged."""
+    error = ValueError("mine")
+    with pytest.raises(ValueError, match="mine") as caught, Run(Healthy()) as run:
+        run.step()
+        raise error
+
+    assert caught.value is error
+    assert not hasattr(error, "__notes__")
+
+
+# ---- diagnose
+
+
+def test_diagnose_of_a_healthy_model_finds_nothing():
+    """A pass in which everything trains has statuses and norms, and no diagnosis."""
+    model = Healthy()
+    with diagnose(model) as diagnosis:
+        model(batch()).backward()
+
+    norms = {n: p.grad.norm().item() for n, p in model.named_parameters() if p.grad is not None}
+    assert diagnosis.report.statuses == {"a.weight": OK, "b.weight": OK}
+    assert diagnosis.report.norms == pytest.approx(norms)
+    assert diagnosis.report.diagnoses == ()
+
+
+def test_diagnose_names_cause_and_line():
+    """A pass that loses a parameter is diagnosed with its cause and line."""
+    model = Detached()
+    with diagnose(model) as diagnosis:
+        model(batch()).backward()
+
+    (only,) = diagnosis.report.diagnoses
+    assert (only.cause, only.parameters) == (Cause.DETACHED, ("a.weight",))
+    assert only.site is not None
+    assert only.site.line == guilty_line(Detached)
+
+
+def test_diagnose_before_its_end_has_an_empty_report():
+    """Within the block the report is empty."""
+    model = Healthy()
+    with diagnose(model) as diagnosis:
+        report = diagnosis.report
+
+    assert report == Report(step=0)
+    assert diagnosis.report.statuses == {"a.weight": MISSING, "b.weight": MISSING}
+
+
+def test_diagnose_joins_several_losses_and_backwards():
+    """What any of several backward passes gave a gradient to is fine."""
+    model = Fork("left", "right", "never")
+    with diagnose(model) as diagnosis:
+        for name in ("left", "right"):
+            model.on = {name}
+            model(batch()).backward()
+
+    assert diagnosis.report.statuses == {a("left"): OK, a("right"): OK, a("never"): MISSING}
+    assert found(diagnosis.report.diagnoses) == [(Cause.UNUSED, (a("never"),))]
+
+
+def test_diagnose_of_stale_gradients_is_missing():
+    """A gradient that was there before the pass is not one of the pass."""
+    model = Fork("left", "right")
+    model(batch()).backward()
+    model.on = {"left"}
+    with diagnose(model) as diagnosis:
+        model(batch()).backward()
+
+    assert diagnosis.report.statuses == {a("left"): OK, a("right"): MISSING}
+
+
+def test_diagnose_of_autograd_grad_alone_was_not_requested():
+    """``torch.autograd.grad`` for another tensor fills no ``.grad``: the call is named."""
+    model, x = Healthy(), batch().requires_grad_()
+    with diagnose(model) as diagnosis:
+        torch.autograd.grad(model(x), x)  # <- here
+
+    (only,) = diagnosis.report.diagnoses
+    assert diagnosis.report.statuses == {"a.weight": MISSING, "b.weight": MISSING}
+    assert (only.cause, only.parameters) == (Cause.NOT_REQUESTED, ("a.weight", "b.weight"))
+    assert only.site is not None
+    assert only.site.line == guilty_line(test_diagnose_of_autograd_grad_alone_was_not_requested)
+
+
+def test_diagnose_of_backward_for_some_inputs():
+    """What ``backward(inputs=...)`` leaves out was not requested, at the line of the call."""
+    model = Healthy()
+    with diagnose(model) as diagnosis:
+        model(batch()).backward(inputs=[model.b.weight])  # <- here
+
+    (only,) = diagnosis.report.diagnoses
+    assert (only.cause, only.parameters) == (Cause.NOT_REQUESTED, ("a.weight",))
+    assert only.site is not None
+    assert only.site.line == guilty_line(test_diagnose_of_backward_for_some_inputs)
+
+
+def test_diagnose_judges_at_the_optimizer_step_inside():
+    """What an optimizer step inside used is judged there; ``zero_grad`` after it changes nothing."""
+    model = Detached()
+    optimizer = sgd(model)
+    with diagnose(model) as diagnosis:
+        model(batch()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert diagnosis.report.statuses == {"a.weight": MISSING, "b.weight": OK}
+    assert found(diagnosis.report.diagnoses) == [(Cause.DETACHED, ("a.weight",))]
+
+
+def test_diagnose_of_zero_grad_after_backward_is_cleared():
+    """Without an optimizer step, gradients emptied after backward are missing, at that line."""
+    model = Healthy()
+    with diagnose(model) as diagnosis:
+        model(batch()).backward()
+        model.zero_grad()  # <- here
+
+    (only,) = diagnosis.report.diagnoses
+    assert (only.cause, only.parameters) == (Cause.CLEARED, ("a.weight", "b.weight"))
+    assert only.site is not None
+    assert only.site.line == guilty_line(test_diagnose_of_zero_grad_after_backward_is_cleared)
+
+
+def test_diagnose_of_gradients_emptied_between_backwards_is_healthy():
+    """Gradients that are emptied and come again, as a discriminator's do, are no finding."""
+    model = Fork("left", "right")
+    with diagnose(model) as diagnosis:
+        model(batch()).backward()
+        model.branches["right"].zero_grad()
+        model(batch()).backward()
+
+    assert diagnosis.report.statuses == {a("left"): OK, a("right"): OK}
+    assert diagnosis.report.diagnoses == ()
+
+
+def test_diagnose_changes_nothing():
+    """Gradients, buffers, random numbers, and hooks are the same with and without it."""
+
+    def one_pass(*, diagnosed: bool) -> tuple[dict[str, Tensor], list[Any], Tensor, float]:
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 1))
+        context: Any = diagnose(model) if diagnosed else torch.enable_grad()
+        with context:
+            loss = model(torch.randn(8, 2)).pow(2).mean()
+            loss.backward()
+        grads = [p.grad for p in model.parameters()]
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert not any(p._backward_hooks for p in model.parameters())
+        return dict(model.named_buffers()), grads, torch.rand(3), loss.item()
+
+    with_it, without = one_pass(diagnosed=True), one_pass(diagnosed=False)
+
+    for name, buffer in without[0].items():
+        assert torch.equal(with_it[0][name], buffer)
+    assert all(torch.equal(x, y) for x, y in zip(with_it[1], without[1], strict=True))
+    assert torch.equal(with_it[2], without[2])
+    assert with_it[3] == without[3]
+
+
+def test_diagnose_lets_exceptions_through():
+    """An exception of the user's is the same object, without a note where nothing is known."""
+    error = ValueError("mine")
+    with pytest.raises(ValueError, match="mine") as caught, diagnose(Healthy()):
+        raise error
+
+    assert caught.value is error
+    assert not hasattr(error, "__notes__")
+
+
+def test_diagnose_lets_keyboard_interrupts_through():
+    """Ctrl-C inside of the block is Ctrl-C."""
+    with pytest.raises(KeyboardInterrupt), diagnose(Healthy()) as diagnosis:
+        raise KeyboardInterrupt
+
+    assert diagnosis.report == Report(step=0)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_diagnose_of_lazy_parameters_is_unseen():
+    """A lazy parameter that the pass did not reach is unseen, not missing."""
+    model = Fork("used")
+    model.branches["lazy"] = nn.LazyLinear(1, bias=False)
+    with diagnose(model) as diagnosis:
+        model(batch()).backward()
+
+    assert diagnosis.report.statuses == {a("used"): OK, a("lazy"): UNSEEN}
+    assert diagnosis.report.diagnoses == ()
+
+
+def test_diagnose_can_be_used_twice():
+    """The same object diagnoses a second pass anew."""
+    model = Fork("left", "right")
+    diagnosis = diagnose(model)
+    for names in ({"left"}, {"left", "right"}):
+        model.on = names
+        model.zero_grad()
+        with diagnosis:
+            model(batch()).backward()
+
+    assert diagnosis.report.statuses == {a("left"): OK, a("right"): OK}
+    assert diagnosis.report.diagnoses == ()
