@@ -153,6 +153,13 @@ def depth(frame: FrameType | None) -> int:
     return count
 
 
+def switcher(frame: FrameType | None) -> FrameType | None:
+    """Return the frame that holds the ``with`` of a gradient mode, below the mode's own methods."""
+    while frame is not None and frame.f_code.co_filename.endswith("grad_mode.py"):
+        frame = frame.f_back
+    return frame
+
+
 def is_distribution(code: CodeType) -> bool:
     """Tell whether the code belongs to ``torch.distributions``."""
     return bool(_DISTRIBUTIONS) and os.path.realpath(code.co_filename).startswith(_DISTRIBUTIONS)

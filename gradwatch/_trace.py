@@ -229,7 +229,6 @@ class Trace:
         fast = self._running.pop()[1] if self._running else False
         if not fast or self._fast_call is None:
             return
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
         (inner, read), self._fast_call = self._fast_call, None
         try:
             read.extend(inner.parameters())
@@ -237,6 +236,7 @@ class Trace:
             self._finish(call, output, sys._getframe(1))
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if len(args) > 1 or kwargs.get("closure") is not None:
@@ -473,7 +473,7 @@ class Trace:
         if enable:
             self._grad_off_depth = None
         elif torch.is_grad_enabled():
-            self._grad_off_depth = _frames.depth(sys._getframe(4))
+            self._grad_off_depth = _frames.depth(_frames.switcher(sys._getframe(4)))
 
     def _note_clearing(self, parameter: Tensor) -> None:
         name = self._names.get(id(parameter))

@@ -229,7 +229,3 @@ def _config(arguments: argparse.Namespace) -> None:
 
 def _listed(words: Sequence[str]) -> str:
     return " and ".join(f"`{word}`" for word in words)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

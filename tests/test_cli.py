@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -364,3 +366,19 @@ def test_closed_stream(closed: str) -> None:
 
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("stream", [None, io.StringIO()])
+def test_output_elsewhere(monkeypatch, stream: io.StringIO | None) -> None:
+    """A program that calls ``main`` may have its output elsewhere, or nowhere."""
+    monkeypatch.setattr(sys, "stdout", stream)
+
+    assert main(["explain"]) == 0
+    assert stream is None or stream.getvalue().startswith("frozen ")
+
+
+def test_module(monkeypatch) -> None:
+    """``python -m gradwatch`` runs ``main``, and ends with its status."""
+    monkeypatch.setattr(sys, "argv", ["gradwatch", "explian"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("gradwatch", run_name="__main__")

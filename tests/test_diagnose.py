@@ -6,9 +6,8 @@ import inspect
 
 import pytest
 import torch
-from torch import nn
 
-from gradwatch import Cause, Status, diagnose
+from gradwatch import Status, diagnose
 from tests import cases
 
 
@@ -26,7 +25,9 @@ def run(case):
     return diagnosis.report
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch says it in its way
+@pytest.mark.filterwarnings(
+    "ignore:None of the inputs have requires_grad"
+)  # torch says it in its way
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 @pytest.mark.parametrize("case", cases.all_cases(), ids=lambda case: case.__name__)
 def test_every_case_gets_its_cause_parameters_and_line(case):

@@ -5,7 +5,7 @@ import importlib
 import inspect
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +14,6 @@ from torch.utils.data import DataLoader
 
 from gradwatch import Cause, Diagnosis, DisconnectedParameterError, GradWatch, Report, Status
 from gradwatch.sinks import MemorySink
-
-if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule
 
 OK, MISSING, FROZEN = Status.OK, Status.MISSING, Status.FROZEN
 PATIENT: dict[str, Any] = {"rules": []}

@@ -104,7 +104,7 @@ class Run:
         self.watcher.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.watcher.__exit__(*error)
 
     def step(self, times: int = 1) -> None:

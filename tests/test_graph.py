@@ -1,0 +1,121 @@
+"""The autograd graph: what it reaches, who withheld a gradient, and where one became zero or NaN."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gradwatch._graph import walk, watched_backward
+
+KEY = "test"
+
+
+def tag(tensor, number):
+    """Number a tensor's node as the trace does."""
+    tensor.grad_fn.metadata[KEY] = number
+    return tensor
+
+
+def watched(loss, *, sizes=True):
+    with watched_backward([loss], KEY, sizes=sizes) as passed:
+        loss.backward()
+    return passed
+
+
+def test_the_walk_reaches_the_leaves_and_not_what_is_detached():
+    """Leaves behind a detach are not reached; those on the path are, each once."""
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+    nodes, _ = walk([(a * a + b.detach()).sum()], KEY)
+
+    assert [node.leaf for node in nodes if node.leaf is not None] == [id(a)]
+
+
+def test_inner_nodes_belong_to_the_operation_that_was_called():
+    """A node without a number takes that of the node through which it was reached."""
+    a = nn.Parameter(torch.ones(2))
+    h = tag(a * 2, 1)
+    loss = tag(torch.nn.functional.mse_loss(h.exp(), torch.zeros(2)), 2)
+
+    nodes, _ = walk([loss], KEY)
+
+    assert [(node.name, node.tag) for node in nodes if node.leaf is None] == [
+        ("MseLossBackward0", 2),
+        ("ExpBackward0", 2),
+        ("MulBackward0", 1),
+    ]
+
+
+class Withholds(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y):
+        return x + y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad
+
+
+def test_a_function_that_returns_none_withholds():
+    """The node that gave no gradient is named for the leaf behind it, and for no other."""
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    passed = watched(tag(Withholds.apply(a * 1, b * 1), 5).sum(), sizes=False)
+
+    assert [node.tag for node in passed.withholders(id(a))] == [5]
+    assert passed.withholders(id(b)) == []
+
+
+def test_the_origin_of_a_zero_is_where_a_gradient_first_was_one():
+    """Of several zeros on the path the one nearest the loss is the origin."""
+    a = nn.Parameter(torch.ones(2))
+    loss = tag(tag(tag(a * 1, 1) * 0, 2).exp(), 3).sum()
+
+    assert watched(loss).origin(id(a), zero=True) == 2
+
+
+def test_the_origin_of_a_nan_is_where_a_finite_gradient_became_one():
+    """The square root at zero is the origin, not what its NaN passes through."""
+    a = nn.Parameter(torch.zeros(2))
+    loss = tag(tag(tag(a * 1, 1).sqrt(), 2) * 0, 3).sum()
+
+    assert watched(loss).origin(id(a), zero=False) == 2
+
+
+def test_a_good_gradient_has_no_origin():
+    """Nothing is found where nothing is wrong."""
+    a = nn.Parameter(torch.ones(2))
+    passed = watched(tag((a * 2).sum(), 1))
+
+    assert [passed.origin(id(a), zero=zero) for zero in (True, False)] == [None, None]
+
+
+def test_an_empty_selection_is_the_origin_of_its_zeros():
+    """Selecting nothing gives an empty gradient, which is not a zero one."""
+    a = nn.Parameter(torch.ones(3))
+    loss = tag(tag(a * 1, 1)[torch.zeros(3, dtype=torch.bool)], 2).sum()
+
+    assert watched(loss).origin(id(a), zero=True) == 2
+
+
+def test_sparse_and_complex_gradients_are_measured():
+    """Gradients of embeddings and of complex parameters have a size too."""
+    table = nn.Embedding(4, 2, sparse=True)
+    z = nn.Parameter(torch.ones(2, dtype=torch.cfloat))
+    loss = tag(table(torch.tensor([1])).sum() + z.abs().sum(), 1)
+
+    passed = watched(loss)
+
+    assert passed.broken is None
+    assert all(size > 0 for size in passed.sizes.values())
+
+
+def test_no_hook_stays_on_the_graph():
+    """A second pass over a retained graph is not observed any more."""
+    a = nn.Parameter(torch.ones(2))
+    loss = (a * 2).sum()
+    with watched_backward([loss], KEY, sizes=True) as passed:
+        loss.backward(retain_graph=True)
+    before = dict(passed.sizes)
+    loss.backward()
+
+    assert passed.sizes == before

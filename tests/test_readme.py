@@ -1,0 +1,149 @@
+"""Every block of the README is run, and what it says of commands, causes, and output is so.
+
+``GRADWATCH_ACCEPT=1 pytest tests/test_readme.py`` writes what its example prints into it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import linecache
+import os
+import re
+import shlex
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from gradwatch import cli
+from gradwatch._words import SUMMARIES
+from gradwatch.config import load_config
+from gradwatch.report import Cause
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+TEXT = README.read_text()
+ACCEPT = os.environ.get("GRADWATCH_ACCEPT") == "1"
+
+
+class Block(NamedTuple):
+    language: str
+    code: str
+
+
+BLOCKS = [Block(*found) for found in re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.DOTALL | re.M)]
+
+
+def blocks(language: str) -> list[str]:
+    """Return the blocks in a language."""
+    return [block.code for block in BLOCKS if block.language == language]
+
+
+def run(code: str, names: dict[str, Any], file: str = "example.py") -> str:
+    """Run ``code`` as a file of the current folder, and return what it prints on stdout."""
+    path = Path(file).resolve()
+    path.write_text(code)
+    linecache.checkcache(str(path))
+    printed = io.StringIO()
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # Lightning's hints on the machine at hand
+        exec(compile(code, str(path), "exec"), names)  # noqa: S102
+    return printed.getvalue()
+
+
+def commands() -> list[str]:
+    """Return every command that the README names: in its console blocks, and in its text."""
+    typed = [line for block in blocks("console") for line in block.splitlines()]
+    named = re.findall(r"`(gradwatch [^`]+)`", TEXT)
+    return [line.removeprefix("$ ").partition(" #")[0].strip() for line in typed] + named
+
+
+def test_length() -> None:
+    """The README is read in a few minutes."""
+    assert len(TEXT.splitlines()) <= 120
+
+
+def test_languages() -> None:
+    """Every block says its language, and it is one that these tests run."""
+    assert {block.language for block in BLOCKS} == {"console", "python", "text", "yaml"}
+    assert TEXT.count("```") == 2 * len(BLOCKS)
+
+
+def test_commands_come_first() -> None:
+    """The two commands for a clean clone are the first block."""
+    assert BLOCKS[0].language == "console"
+    assert [line.split()[:3] for line in BLOCKS[0].code.splitlines()] == [
+        ["$", "make", "demo"],
+        ["$", "make", "test"],
+    ]
+
+
+def test_example() -> None:
+    """The example prints exactly the diagnosis that stands below it."""
+    output = run(blocks("python")[0], {"__name__": "__main__"})
+    if ACCEPT:
+        README.write_text(
+            re.sub(r"(?<=^```text\n).*?(?=^```$)", lambda _: output, TEXT, flags=re.DOTALL | re.M)
+        )
+
+    assert [output] == blocks("text")
+    assert output.startswith("warning[")
+
+
+def test_python_blocks() -> None:
+    """The blocks of Python run one after the other, as one program."""
+    shutil.copytree(ROOT / "configs", "configs")
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for number, code in enumerate(blocks("python")):
+        run(code, names, f"example{number}.py")
+
+    assert [found.cause for found in names["watcher"].diagnoses] == [Cause.DETACHED]
+    assert list(Path("runs").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_yaml_blocks(text: str) -> None:
+    """What stands there in YAML can be loaded."""
+    Path("readme.yaml").write_text(text)
+
+    assert load_config("readme.yaml").contract
+    assert load_config("readme.yaml").rules
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    """Every command that is named exists: a target of the Makefile, or one of ``gradwatch``."""
+    program, *arguments = shlex.split(command)
+    if program == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+        assert arguments[0] in targets
+    else:
+        config = ROOT / "configs" / "strict.yaml"
+        words = [str(config) if word == "FILE" else word for word in arguments]
+
+        assert program == "gradwatch"
+        assert cli.main(words) == 0
+        assert capsys.readouterr().err == ""
+
+
+def test_causes() -> None:
+    """The table names every cause, in the order of the code and with its words."""
+    rows = re.findall(r"^\| \[`(\w+)`\]\(gradwatch/causes/(\w+)\.md\) \| (.*) \|$", TEXT, re.M)
+
+    assert rows == [(cause, cause, SUMMARIES[cause]) for cause in Cause]
+
+
+def test_links() -> None:
+    """Every link leads to a file of this repository."""
+    links = re.findall(r"\]\(([^)]+)\)", TEXT)
+
+    assert links
+    assert [link for link in links if not (ROOT / link).is_file()] == []

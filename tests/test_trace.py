@@ -1,0 +1,264 @@
+"""The trace: what is recorded of a pass, what is not, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from gradwatch._calls import Kind, Wrapper, public_name, traits_of
+from gradwatch._trace import Trace
+
+ROW = torch.ones(1, 2)
+
+
+def traced(model, *, run):
+    trace = Trace(dict(model.named_parameters()), dict(model.named_modules()))
+    trace.start()
+    try:
+        run()
+    finally:
+        trace.stop()
+    return trace
+
+
+def names(trace):
+    return [op.name.rpartition(".")[2] for op in trace.ops]
+
+
+def test_operations_are_recorded_in_order_with_what_they_read():
+    """Each call is one operation, linked to the values it read."""
+    model = nn.Linear(2, 1)
+    x = torch.ones(3, 2)
+
+    trace = traced(model, run=lambda: (model(x) * 2).sum())
+
+    assert names(trace) == ["linear", "mul", "sum"]
+    assert [op.inputs for op in trace.ops[1:]] == [trace.ops[0].outputs, trace.ops[1].outputs]
+    assert [trace.values[n].parameter for n in trace.ops[0].inputs] == [None, "weight", "bias"]
+
+
+def test_attributes_and_shapes_are_no_operations():
+    """Reading a shape, a dtype, a flag or a length reads no value."""
+    model = nn.Linear(2, 1)
+
+    def run():
+        weight = model.weight
+        _ = weight.shape, weight.dtype, weight.requires_grad, weight.size(), weight.dim()
+        _ = len(weight), weight.grad, f"{weight}", weight.is_contiguous()
+
+    assert traced(model, run=run).ops == []
+
+
+def test_a_write_gives_every_alias_a_new_value():
+    """After a write through a view, what reads the base reads the written value."""
+    model = nn.Linear(2, 2)
+
+    def run():
+        base = model(ROW) * 1
+        view = base[0]
+        view.mul_(2)
+        base.sum()
+
+    trace = traced(model, run=run)
+
+    assert names(trace) == ["linear", "mul", "__getitem__", "mul_", "sum"]
+    assert set(trace.ops[4].inputs) < set(trace.ops[3].outputs)
+
+
+def test_a_parameter_over_computed_memory_is_a_rewrap():
+    """`nn.Parameter(h)` is recognised by the memory it shares."""
+    model = nn.Linear(2, 2)
+    trace = traced(model, run=lambda: nn.Parameter(model(ROW)).sum())
+
+    assert [op.kind for op in trace.ops] == [Kind.PLAIN, Kind.REWRAP, Kind.PLAIN]
+
+
+def test_a_tensor_made_out_of_sight_is_linked_through_its_node():
+    """What a paused trace did not see is joined to the parameters through `grad_fn`."""
+    model = nn.Linear(2, 2)
+    trace = Trace(dict(model.named_parameters()), dict(model.named_modules()))
+    trace.start()
+    with trace.paused():
+        h = model(ROW)
+    h.sum()
+    trace.stop()
+
+    assert [op.kind for op in trace.ops] == [Kind.LINK, Kind.PLAIN]
+    assert {trace.values[n].parameter for n in trace.ops[0].inputs} == {"weight", "bias"}
+
+
+def test_what_an_optimizer_does_is_not_recorded():
+    """An optimizer step is noted as a step, not as operations."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def run():
+        model(ROW).sum().backward()
+        optimizer.step()
+
+    trace = traced(model, run=run)
+
+    assert names(trace) == ["linear", "sum"]
+    assert [written for _, written in trace.steps] == [frozenset({"weight", "bias"})]
+
+
+def test_a_closure_is_recorded_and_the_step_around_it_is_not():
+    """Forward and backward inside of `step(closure)` are seen."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def closure():
+        loss = model(ROW).sum()
+        loss.backward()
+        return loss
+
+    assert names(traced(model, run=lambda: optimizer.step(closure))) == ["linear", "sum"]
+
+
+def test_the_module_of_a_place_is_the_innermost_of_the_users_own():
+    """An operation inside `nn.Linear` belongs to the module whose forward called it."""
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.lin(x)
+
+    model = nn.Sequential(Inner(), nn.Linear(2, 1))
+
+    trace = traced(model, run=lambda: model(ROW))
+
+    assert [op.module for op in trace.ops] == ["0", ""]
+    assert trace.modules_run == {"", "0", "0.lin", "1"}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # the fast path's own
+def test_a_fast_path_of_eval_mode_is_one_operation_with_the_same_bits():
+    """A padded encoder in eval mode runs without the mode and gives the same numbers."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, pad = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    seen = []
+
+    def run():
+        with torch.no_grad():
+            seen.append(model(x, src_key_padding_mask=pad))
+
+    run()
+    trace = traced(model, run=run)
+
+    assert torch.equal(*seen)
+    assert names(trace) == ["forward"]
+
+
+def test_a_mode_of_the_users_own_is_not_popped():
+    """The trace leaves modes that lie on its own where they are."""
+
+    class Counting(TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            Counting.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+
+    def run():
+        with Counting(), torch.no_grad():
+            model(torch.ones(1, 3, 8))
+
+    traced(model, run=run)
+
+    assert Counting.calls > 5
+
+
+def test_no_tensor_is_kept_alive():
+    """A tensor that the user's program drops is gone while the trace still runs."""
+    model = nn.Linear(2, 2)
+    trace = Trace(dict(model.named_parameters()), dict(model.named_modules()))
+    trace.start()
+    h = model(ROW)
+    kept, made = weakref.ref(h), h.exp()
+    del h, made
+    gone = kept() is None
+    trace.stop()
+
+    assert gone
+
+
+def test_nothing_refers_to_the_trace_after_it_stopped():
+    """A stopped trace can be collected: no mode, hook or cycle through torch holds it."""
+    model = nn.Linear(2, 1)
+    trace = traced(model, run=lambda: model(ROW).sum().backward())
+    ref = weakref.ref(trace)
+    del trace
+    gc.collect()
+
+    assert ref() is None
+
+
+def test_a_failure_of_ours_ends_the_trace_and_not_the_program(monkeypatch, caplog):
+    """When the bookkeeping fails, the user's call still returns, and one record says so."""
+    model = nn.Linear(2, 1)
+    monkeypatch.setattr(Trace, "_finish", lambda *_: 1 / 0)
+
+    trace = traced(model, run=lambda: model(ROW).sum())
+
+    assert isinstance(trace.broken, ZeroDivisionError)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "run"),
+    [
+        (Wrapper.SAMPLE, lambda w: torch.distributions.Normal(w, 1.0).sample()),
+        (Wrapper.DEEPCOPY_TENSOR, lambda w: __import__("copy").deepcopy(w)),
+        (Wrapper.DEEPCOPY, lambda w: __import__("copy").deepcopy([w])),
+    ],
+)
+def test_a_call_that_owns_what_runs_inside_is_recognised(wrapper, run):
+    """Operations inside of `sample()` and `deepcopy()` belong to these calls."""
+    model = nn.Linear(2, 1)
+
+    trace = traced(model, run=lambda: run(model.weight))
+
+    assert wrapper in {op.wrapper for op in trace.ops}
+
+
+def test_gradients_switched_off_by_the_user_are_not_blamed_on_a_call_inside():
+    """Under the user's own `no_grad`, a sample inside is no cause of its own."""
+    model = nn.Linear(2, 1)
+
+    def run():
+        with torch.no_grad():
+            torch.distributions.Normal(model.weight, 1.0).sample()
+
+    assert {op.wrapper for op in traced(model, run=run).ops} == {None}
+
+
+def test_functions_have_the_names_that_users_write():
+    """Public names are those of the documentation."""
+    functions = [torch.Tensor.detach, torch.Tensor.data.__get__, torch.relu, torch.autograd.grad]
+
+    assert [public_name(function) for function in functions] == [
+        "torch.Tensor.detach",
+        "torch.Tensor.data",
+        "torch.relu",
+        "torch.autograd.grad",
+    ]
+
+
+def test_a_write_is_known_by_its_name():
+    """In-place methods, operators and item assignment write; others do not."""
+    writing = [torch.Tensor.add_, torch.Tensor.__setitem__, torch.Tensor.__iadd__]
+    reading = [torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.requires_grad_]
+
+    assert [traits_of(f).writes for f in writing + reading] == [True] * 3 + [False] * 3
