@@ -649,12 +649,14 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
         self._norms: dict[str, float] = {}
 
     def __enter__(self) -> Self:
+        self.report = Report(step=0)
         self._judged, self._norms = {}, {}
-        self._names = names_of(self._model)
-        self._inspection = Inspection(
-            self._names.parameters, self._names.modules, sizes=True, on_step=self._judge
-        )
-        self._inspection.start()
+        with self._harmless():
+            self._names = names_of(self._model)
+            self._inspection = Inspection(
+                self._names.parameters, self._names.modules, sizes=True, on_step=self._judge_written
+            )
+            self._inspection.start()
         return self
 
     def __exit__(
@@ -667,17 +669,31 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
         inspection, self._inspection = self._inspection, None
         if inspection is None:
             return
-        if error is not None:
-            inspection.stop()
-            if isinstance(error, Exception):
+        with self._harmless():
+            try:
+                if error is None:
+                    self._judge(inspection, frozenset(self._names.parameters))
+            finally:
+                inspection.stop()
+            if error is None:
+                self.report = self._reported(inspection)
+            elif isinstance(error, Exception):
                 add_note(error, inspection, self._model)
-            return
-        self._inspection = inspection
-        self._judge(frozenset(self._names.parameters))
-        self._inspection = None
-        inspection.stop()
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """Turn a failure of ours inside into one log record, and say nothing of the pass."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            inspection, self._inspection = self._inspection, None
+            if inspection is not None:
+                inspection.stop()
+            _log.warning("GradWatch failed: this pass is not diagnosed", exc_info=error)
+
+    def _reported(self, inspection: Inspection) -> Report:
         statuses = {name: self._judged[name] for name in self._names.parameters}
-        self.report = Report(
+        return Report(
             step=0,
             logged=True,
             statuses=statuses,
@@ -686,11 +702,13 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
             diagnoses=inspection.diagnose(statuses, 0),
         )
 
-    def _judge(self, written: frozenset[str]) -> None:
+    def _judge_written(self, written: frozenset[str]) -> None:
+        with self._harmless():
+            if self._inspection is not None:
+                self._judge(self._inspection, written)
+
+    def _judge(self, inspection: Inspection, written: frozenset[str]) -> None:
         """Take the status of parameters that are about to be written, or that are left at the end."""
-        inspection = self._inspection
-        if inspection is None:
-            return
         names = [n for n in self._names.parameters if n in written and n not in self._judged]
         have = inspection.sensor.arrived - inspection.cleared
         absent = {n for n in names if n not in have or self._names.parameters[n].grad is None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import cache
@@ -114,10 +115,11 @@ def test_digits_table(digits) -> None:
 
 def test_digits_tensorboard(digits) -> None:
     """The last command that the demo prints names a folder with something for TensorBoard in it."""
-    run = digits()
-    (folder,) = re.findall(r"^ +\S*tensorboard --logdir (\S+)$", run.stdout, re.MULTILINE)
+    done = digits()
+    (command,) = re.findall(r"^    (.*tensorboard'? --logdir .*)$", done.stdout, re.MULTILINE)
+    folder = shlex.split(command)[-1]
 
-    assert list((run.folder / folder).glob("events.out.tfevents.*"))
+    assert list((done.folder / folder).glob("events.out.tfevents.*"))
 
 
 def test_digits_fixed(digits) -> None:

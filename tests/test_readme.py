@@ -34,7 +34,9 @@ class Block(NamedTuple):
     code: str
 
 
-BLOCKS = [Block(*found) for found in re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.DOTALL | re.M)]
+BLOCKS = [
+    Block(*found) for found in re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+]
 
 
 def blocks(language: str) -> list[str]:
@@ -61,7 +63,7 @@ def run(code: str, names: dict[str, Any], file: str = "example.py") -> str:
 def commands() -> list[str]:
     """Return every command that the README names: in its console blocks, and in its text."""
     typed = [line for block in blocks("console") for line in block.splitlines()]
-    named = re.findall(r"`(gradwatch [^`]+)`", TEXT)
+    named = re.findall(r"(?:`| = more: )(gradwatch [^`\n]+)", TEXT)
     return [line.removeprefix("$ ").partition(" #")[0].strip() for line in typed] + named
 
 
@@ -89,11 +91,11 @@ def test_example() -> None:
     """The example prints exactly the diagnosis that stands below it."""
     output = run(blocks("python")[0], {"__name__": "__main__"})
     if ACCEPT:
-        README.write_text(
-            re.sub(r"(?<=^```text\n).*?(?=^```$)", lambda _: output, TEXT, flags=re.DOTALL | re.M)
-        )
+        pattern = re.compile(r"(^```text\n).*?(^```$)", re.DOTALL | re.MULTILINE)
+        README.write_text(pattern.sub(lambda match: f"{match[1]}{output}{match[2]}", TEXT))
+    (shown,) = re.findall(r"^```text\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
 
-    assert [output] == blocks("text")
+    assert output == shown
     assert output.startswith("warning[")
 
 
@@ -127,7 +129,8 @@ def test_commands(capsys: pytest.CaptureFixture[str], command: str) -> None:
         assert arguments[0] in targets
     else:
         config = ROOT / "configs" / "strict.yaml"
-        words = [str(config) if word == "FILE" else word for word in arguments]
+        real = {"FILE": str(config), "NAME": "detached"}
+        words = [real.get(word, word) for word in arguments]
 
         assert program == "gradwatch"
         assert cli.main(words) == 0
@@ -136,7 +139,9 @@ def test_commands(capsys: pytest.CaptureFixture[str], command: str) -> None:
 
 def test_causes() -> None:
     """The table names every cause, in the order of the code and with its words."""
-    rows = re.findall(r"^\| \[`(\w+)`\]\(gradwatch/causes/(\w+)\.md\) \| (.*) \|$", TEXT, re.M)
+    rows = re.findall(
+        r"^\| \[`(\w+)`\]\(gradwatch/causes/(\w+)\.md\) \| (.*) \|$", TEXT, re.MULTILINE
+    )
 
     assert rows == [(cause, cause, SUMMARIES[cause]) for cause in Cause]
 
