@@ -166,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     quiet_lightning()
     pl.seed_everything(0, verbose=False)
+    torch.set_num_threads(1)  # too small a model to share among cores
     console = Console(highlight=False)
     train, test = digit_images()
     model = DigitNet() if options.fixed else DigitNetAfterAMonth()

@@ -171,6 +171,15 @@ class Wrapper(Enum):
     DEEPCOPY_TENSOR = auto()
     """Of one tensor."""
 
+    @property
+    def public_name(self) -> str:
+        """What the user called."""
+        return {
+            Wrapper.CUSTOM_FUNCTION: "torch.autograd.Function.apply",
+            Wrapper.REENTRANT_CHECKPOINT: "torch.utils.checkpoint.checkpoint",
+            Wrapper.SAMPLE: "torch.distributions.Distribution.sample",
+        }.get(self, "copy.deepcopy")
+
 
 # Code objects rather than names: a user's own function called `apply` is none of these.
 _APPLY: CodeType = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from gradwatch import _frames, _words, explain
 from gradwatch._calls import Kind, Wrapper
 from gradwatch._flow import Cut, Flow, follow
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+_NO_OTHER_USE = "no other use"
+"""Stands for a note whose words depend on how many parameters are grouped."""
 _WRAPPED = {
     Wrapper.CUSTOM_FUNCTION: Cause.CUSTOM_FUNCTION,
     Wrapper.REENTRANT_CHECKPOINT: Cause.REENTRANT_CHECKPOINT,
@@ -94,6 +98,11 @@ class Inspection(BackwardListener):
         """Names of those whose gradient arrived and was emptied again."""
         return self.sensor.arrived.intersection(self.trace.clearings)
 
+    @property
+    def received(self) -> frozenset[str]:
+        """Names of those that hold a gradient of this step, from a backward pass or by hand."""
+        return (self.sensor.arrived | self.trace.assigned) - self.trace.clearings.keys()
+
     @contextmanager
     def around_backward(self, roots: list[Tensor]) -> Iterator[None]:
         """Watch one backward pass."""
@@ -127,7 +136,7 @@ class Inspection(BackwardListener):
                 if found is status:
                     findings[name] = self._explain_origin(name, status)
         sizes = {name: self.parameters[name].numel() for name in findings}
-        return grouped(findings, statuses, step, sizes)
+        return grouped(findings, statuses, step, sizes, tuple(self.parameters))
 
     # Missing --------------------------------------------------------------------------------------
 
@@ -187,19 +196,22 @@ class Inspection(BackwardListener):
                 cause = Cause.CUSTOM_FUNCTION if node.custom else Cause.NON_DIFFERENTIABLE
                 return self._at(cause, self._op(node.tag))
         if leaf in reached:
-            return Finding(Cause.UNDETERMINED, notes=(_words.IN_THE_GRAPH,))
+            return Finding(Cause.UNDETERMINED, notes=(_words.IN_THE_GRAPH, _words.RULED_OUT))
         return self._cut(name, flow) or self._broken(name)
 
     def _not_requested(self, name: str, *, reached: bool) -> Finding | None:
         leaf = id(self.parameters[name])
         for backward in self.trace.backwards:
             left_out = backward.inputs is not None and leaf not in backward.inputs
-            if left_out and (reached or not any(b.accumulates for b in self.trace.backwards)):
-                return Finding(
-                    Cause.NOT_REQUESTED,
-                    _frames.site_of(backward.place),
-                    "torch.Tensor.backward" if backward.accumulates else "torch.autograd.grad",
-                )
+            if left_out and reached and backward.accumulates:
+                site = _frames.site_of(backward.place)
+                return Finding(Cause.NOT_REQUESTED, site, "torch.Tensor.backward")
+        if any(backward.accumulates for backward in self.trace.backwards):
+            return None
+        for backward in self.trace.backwards:
+            site = _frames.site_of(backward.place)
+            notes = (_words.GRAD_FILLS_NOTHING,)
+            return Finding(Cause.NOT_REQUESTED, site, "torch.autograd.grad", notes)
         return None
 
     def _broken(self, name: str) -> Finding:
@@ -219,7 +231,8 @@ class Inspection(BackwardListener):
                 break
             behind.update(op.outputs)
         if last is None:
-            return Finding(Cause.UNDETERMINED)
+            notes = (_words.NOT_IN_THE_GRAPH, _words.RULED_OUT)
+            return Finding(Cause.UNDETERMINED, notes=notes)
         return self._at(Cause.NON_DIFFERENTIABLE, last)
 
     def _cut(self, name: str, flow: Flow) -> Finding | None:
@@ -233,7 +246,7 @@ class Inspection(BackwardListener):
             if other.site != first.site and other not in others:
                 others.append(other)
         notes = tuple(_words.another_path(other.cause, other.site) for other in others[:3])
-        notes = notes or (_words.NO_OTHER_USE,)
+        notes = notes or (_NO_OTHER_USE,)
         return Finding(first.cause, first.site, first.operation, (*first.notes, *notes))
 
     def _judge(self, cut: Cut) -> Finding:
@@ -272,15 +285,24 @@ class Inspection(BackwardListener):
         return (_words.ran_without_it(path),)
 
     def _replaced(self, name: str, flow: Flow) -> Finding | None:
-        """Look for a leaf of the same shape that the loss was computed with instead."""
-        parameter = self.parameters[name]
-        label = label_of(parameter)
+        """Look for a leaf that the loss was computed with in this parameter's place."""
+        label = label_of(self.parameters[name])
         for number, value in enumerate(self.trace.values):
-            if value.alien == label and number in flow.reaching:
-                for op in self.trace.ops:
-                    if number in op.inputs and op.module is not None:
-                        return self._at(Cause.REPLACED, op)
+            if value.alien != label or number not in flow.reaching:
+                continue
+            users = [op for op in self.trace.ops if number in op.inputs]
+            if users and self._stands_in(number, users, self.parameters[name]):
+                return self._at(Cause.REPLACED, users[0])
         return None
+
+    def _stands_in(self, number: int, users: list[Op], parameter: Tensor) -> bool:
+        """Tell whether a leaf of the same shape is a stand-in, and not just another model's."""
+        if users[0].func is not None and users[0].name.endswith("_"):
+            return True  # filled in this very pass: its module was made anew
+        if users[0].module is not None:
+            return True  # used by a module of this model
+        alien = self.trace.aliens[number]()
+        return alien is not None and bool(torch.equal(alien, parameter))
 
     # Zero and not finite --------------------------------------------------------------------------
 
@@ -327,7 +349,7 @@ def not_in_optimizer(
         step: Number of the step.
     """
     findings = {name: Finding(Cause.NOT_IN_OPTIMIZER) for name in names}
-    return grouped(findings, statuses, step, {})
+    return grouped(findings, statuses, step, {}, tuple(statuses))
 
 
 def undetermined(statuses: Mapping[str, Status], step: int) -> tuple[Diagnosis, ...]:
@@ -342,7 +364,7 @@ def undetermined(statuses: Mapping[str, Status], step: int) -> tuple[Diagnosis, 
         name: Finding(named.get(status, Cause.UNDETERMINED), notes=(_words.NOT_TRACED,))
         for name, status in statuses.items()
     }
-    return grouped(findings, statuses, step, {})
+    return grouped(findings, statuses, step, {}, tuple(statuses))
 
 
 def grouped(
@@ -350,6 +372,7 @@ def grouped(
     statuses: Mapping[str, Status],
     step: int,
     sizes: Mapping[str, int],
+    all_names: tuple[str, ...] = (),
 ) -> tuple[Diagnosis, ...]:
     """Join what was found into one diagnosis per cause and site.
 
@@ -358,6 +381,7 @@ def grouped(
         statuses: The status of each parameter.
         step: Number of the step.
         sizes: Elements of each parameter: the diagnosis that costs most comes first.
+        all_names: All parameter names of the model.
     """
     groups: dict[object, list[str]] = {}
     for name, found in findings.items():
@@ -367,7 +391,10 @@ def grouped(
     made = []
     for names in groups.values():
         found = findings[names[0]]
-        notes = tuple(dict.fromkeys(note for name in names for note in findings[name].notes))
+        notes = tuple(
+            _words.no_other_use(len(names)) if note == _NO_OTHER_USE else note
+            for note in dict.fromkeys(note for name in names for note in findings[name].notes)
+        )
         made.append(
             Diagnosis(
                 severity=Severity.NOTE if found.cause is Cause.ZERO_GRADIENT else Severity.WARNING,
@@ -377,7 +404,7 @@ def grouped(
                 site=found.site,
                 operation=found.operation,
                 notes=notes[:4],
-                help=explain.help_for(found.cause, found.operation, names, found.site),
+                help=explain.help_for(found.cause, found.operation, names, found.site, all_names),
                 step=step,
             )
         )

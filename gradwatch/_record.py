@@ -54,8 +54,8 @@ class Op:
 
     @property
     def name(self) -> str:
-        """The public name of what was called."""
-        return public_name(self.func)
+        """The public name of what the user called."""
+        return public_name(self.func) if self.wrapper is None else self.wrapper.public_name
 
 
 @dataclass(slots=True)

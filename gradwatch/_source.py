@@ -181,6 +181,8 @@ class _Marked:
                 self._assign(_targets(node), node.value)
         elif isinstance(node, (ast.For, ast.AsyncFor, ast.comprehension)):
             self._assign([node.target], node.iter)
+            if not isinstance(node, ast.comprehension) and self.depends(node.iter):
+                self._governed.update(node.body)
         elif isinstance(node, ast.withitem) and node.optional_vars is not None:
             self._assign([node.optional_vars], node.context_expr)
         elif isinstance(node, ast.Call):

@@ -125,9 +125,13 @@ class Trace:
         """Optimizer steps: where, and the parameters they wrote."""
         self.clearings: dict[str, Place | None] = {}
         """Where gradients were emptied since the last backward pass that filled them."""
+        self.assigned: set[str] = set()
+        """Names of those whose ``.grad`` the user's program has set to a tensor."""
         self.failed: tuple[Place | None, Any] | None = None
         """The call of the user's that raised, and its place."""
         self.modules_run: set[str] = set()
+        self.aliens: dict[int, weakref.ref[Tensor]] = {}
+        """Leaves that want a gradient and are not registered in the model, by their first value."""
         self.foreign: dict[int, weakref.ref[Tensor]] = {}
         """Tensors with a ``grad_fn`` that were made out of sight, by the operation that stands for it."""
         self.recording = True
@@ -212,10 +216,13 @@ class Trace:
 
     def _note_module(self, module: nn.Module, args: Any) -> None:
         path = self._paths.get(id(module))
+        around = self._running[-1][0] if self._running else ""
         if path is not None:
             self.modules_run.add(path)
-        if type(module).__module__.startswith("torch."):
-            path = self._running[-1][0] if self._running else ""
+            if type(module).__module__.startswith("torch."):
+                path = around
+        elif next(module.parameters(), None) is None:
+            path = around  # a loss or an activation, made on the spot
         fast = self.recording and _has_fast_path(module) and _is_innermost(self._mode)
         self._running.append((path, fast))
         if fast:
@@ -311,7 +318,10 @@ class Trace:
             return self._produce(tensor, op)
         wants = tensor.requires_grad
         label = label_of(tensor) if wants else None
-        return self._register(tensor, Value(tracked=wants, alien=label))
+        number = self._register(tensor, Value(tracked=wants, alien=label))
+        if wants:
+            self.aliens[number] = weakref.ref(tensor)
+        return number
 
     def _alias(self, tensor: Tensor) -> int | None:
         """Return the value over whose memory a leaf was put, where there is one."""
@@ -381,8 +391,7 @@ class Trace:
         if traits.kind is Kind.SET_MODE:
             self._note_mode(enable=args[0])
         elif traits.kind is Kind.SET_GRAD:
-            if args[1] is None and args[0].grad is not None:
-                self._note_clearing(args[0])
+            self._note_gradient(args[0], args[1])
             return _Call(func, traits, args, [], [])
         read = read_by(args[1:] if traits.kind is Kind.SET_DATA else args, kwargs)
         numbers = [self._read(tensor) for tensor in read]
@@ -475,9 +484,15 @@ class Trace:
         elif torch.is_grad_enabled():
             self._grad_off_depth = _frames.depth(_frames.switcher(sys._getframe(4)))
 
-    def _note_clearing(self, parameter: Tensor) -> None:
+    def _note_gradient(self, parameter: Tensor, gradient: Tensor | None) -> None:
         name = self._names.get(id(parameter))
-        if name is not None:
+        if name is None:
+            return
+        if gradient is not None:
+            self.assigned.add(name)
+            self.clearings.pop(name, None)
+        elif parameter.grad is not None:
+            self.assigned.discard(name)
             self.clearings[name] = _frames.here(sys._getframe(4))
 
     def _note_clearing_of_gradient(self, tensor: Tensor) -> None:

@@ -39,12 +39,12 @@ AGAIN = {
 }
 TRAINS = ("trains", "train")
 LABELS = {
-    Cause.NOT_IN_LOSS: "the result goes nowhere",
+    Cause.NOT_IN_LOSS: "the result does not reach the loss",
     Cause.DETACHED: "the result has no history",
     Cause.NO_GRAD: "runs with gradient mode off",
     Cause.LEFT_TORCH: "the value leaves torch here",
     Cause.NON_DIFFERENTIABLE: "{word} has no derivative",
-    Cause.CUSTOM_FUNCTION: "its backward returns no gradient for it",
+    Cause.CUSTOM_FUNCTION: "no gradient comes back through this Function",
     Cause.REENTRANT_CHECKPOINT: "no input of the checkpoint requires grad",
     Cause.CLEARED: "the gradient is thrown away here",
     Cause.NOT_REQUESTED: "this call does not ask for it",
@@ -94,49 +94,44 @@ HELPS = {
     Cause.ZERO_GRADIENT: "look for a mask, a factor of zero, or a saturated input in this expression",
     Cause.NONFINITE_GRADIENT: "keep the inputs of {call} where its derivative is finite",
 }
+_FLOATING = "keep the value in floating point up to the loss"
+_RSAMPLE = "use `rsample()`, or add `log_prob` of the sample to the loss"
+_BOUNDS = "widen the bounds of {call}: outside of them its derivative is zero"
+_VALUES = "use the values that `{word}` returns, not only the indices"
 HELPS_BY_OPERATION = {
-    (
-        Cause.DETACHED,
-        "Parameter",
-    ): "use the computed tensor itself, without `nn.Parameter`, or {freeze}",
-    (Cause.DETACHED, "deepcopy"): "use the tensor itself, not a copy of it, or {freeze}",
-    (
-        Cause.LEFT_TORCH,
-        "tensor",
-    ): "use `torch.stack` in place of `torch.tensor`, which copies numbers",
-    **{
-        (Cause.NON_DIFFERENTIABLE, word): text
-        for words, text in (
-            ("argmax argmin multinomial getitem", _SOFT),
-            ("eq ne gt ge lt le", _STEP),
-            ("long int bool byte to type", "keep the value in floating point up to the loss"),
-        )
-        for word in words.split()
-    },
-    (Cause.NON_DIFFERENTIABLE, "topk"): "use the values that `topk` returns, not only the indices",
-    (Cause.NON_DIFFERENTIABLE, "sort"): "use the values that `sort` returns, not only the indices",
-    (Cause.NON_DIFFERENTIABLE, "max"): "use the values that `max` returns, not only the indices",
-    (
-        Cause.NON_DIFFERENTIABLE,
-        "sample",
-    ): "use `rsample()`, or add `log_prob` of the sample to the loss",
-    (Cause.ZERO_GRADIENT, "relu"): _DEAD,
-    (
-        Cause.ZERO_GRADIENT,
-        "clamp",
-    ): "widen the bounds of `clamp`: outside them its derivative is zero",
-    **{(Cause.ZERO_GRADIENT, word): _FLAT for word in ("round", "floor", "ceil", "sign")},
-    **{(Cause.NONFINITE_GRADIENT, word): _AWAY for word in ("sqrt", "log", "norm")},
+    (cause, word): text.replace("{word}", word)
+    for cause, words, text in (
+        (Cause.DETACHED, "Parameter", "use the computed tensor itself, without `nn.Parameter`"),
+        (Cause.DETACHED, "deepcopy", "use the tensor itself, not a copy of it, or {freeze}"),
+        (Cause.LEFT_TORCH, "tensor", "use `torch.stack` in place of {call}, which copies numbers"),
+        (Cause.LEFT_TORCH, "bool", "choose with `torch.where`, which keeps the value in the graph"),
+        (Cause.NO_GRAD, "grad", "pass `create_graph=True`, so that the result has a history"),
+        (Cause.NON_DIFFERENTIABLE, "argmax argmin multinomial getitem", _SOFT),
+        (Cause.NON_DIFFERENTIABLE, "eq ne gt ge lt le", _STEP),
+        (Cause.NON_DIFFERENTIABLE, "long int bool byte to type", _FLOATING),
+        (Cause.NON_DIFFERENTIABLE, "topk sort max min median mode kthvalue", _VALUES),
+        (Cause.NON_DIFFERENTIABLE, "sample", _RSAMPLE),
+        (Cause.ZERO_GRADIENT, "relu relu_", _DEAD),
+        (Cause.ZERO_GRADIENT, "clamp clamp_ hardtanh", _BOUNDS),
+        (Cause.ZERO_GRADIENT, "round floor ceil sign trunc", _FLAT),
+        (Cause.NONFINITE_GRADIENT, "sqrt log norm", _AWAY),
+    )
+    for word in words.split()
 }
 
-NO_OTHER_USE = "no other use of these parameters reaches the loss"
 ONLY_WITHOUT_GRADIENT = (
     "read only where gradient mode is off, by operations that the loss does not need"
 )
 IN_THE_GRAPH = "the autograd graph of the loss leads to it, and no gradient arrived"
 NOT_IN_THE_GRAPH = "the autograd graph of the loss does not lead to it"
 NO_BACKWARD = "no backward pass ran in this step"
-NOT_TRACED = "tracing is switched off (`trace: never`)"
+NOT_TRACED = (
+    "tracing is switched off; with `trace: auto` in the configuration the cause is looked for"
+)
+GRAD_FILLS_NOTHING = "`torch.autograd.grad` returns gradients, and fills no `.grad`"
+RULED_OUT = (
+    "ruled out: a cut that the trace has seen, a cleared gradient, and `backward(inputs=...)`"
+)
 TRACE_BROKE = "the step could not be traced to its end (see the log record of `gradwatch`)"
 
 
@@ -195,6 +190,11 @@ def shown_path(file: str) -> str:
     with suppress(OSError, ValueError):
         return str(Path(file).relative_to(Path.cwd()))
     return file
+
+
+def no_other_use(count: int) -> str:
+    """Say that nothing else connects the parameters to the loss."""
+    return f"no other use of {'it' if count == 1 else 'these parameters'} reaches the loss"
 
 
 def did_not_run(module: str) -> str:

@@ -133,6 +133,7 @@ def help_for(
     operation: str | None = None,
     parameters: Sequence[str] = (),
     site: Site | None = None,
+    all_names: Iterable[str] = (),
 ) -> str | None:
     """Return one concrete change that would end the cause.
 
@@ -141,6 +142,7 @@ def help_for(
         operation: Public name of the operation at the site, such as ``torch.Tensor.detach``.
         parameters: The parameters it is about.
         site: Where it happens, or None where no line of the user's is known.
+        all_names: All parameter names of the model, by which whole modules are recognised.
 
     Returns:
         One line, or None where nothing sure can be said.
@@ -153,7 +155,7 @@ def help_for(
     if template is None:
         return None
     it = "it" if len(parameters) == 1 else "them"
-    owner = _owner(parameters)
+    owner = _owner(fold(parameters, all_names))
     return template.format(
         it=it,
         owner=owner or it,
@@ -348,7 +350,7 @@ def _count(statuses: Mapping[str, Status]) -> str:
 def _owner(parameters: Sequence[str]) -> str | None:
     """Return the one thing that holds all the parameters, as code, or None where there is none."""
     if len(parameters) == 1:
-        return f"`{printable(parameters[0])}`"
+        return f"`{printable(parameters[0].removesuffix('.*'))}`"
     modules = {name.rpartition(".")[0] for name in parameters}
     module = modules.pop() if len(modules) == 1 else ""
     return f"`{printable(module)}`" if module else None

@@ -710,7 +710,7 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
     def _judge(self, inspection: Inspection, written: frozenset[str]) -> None:
         """Take the status of parameters that are about to be written, or that are left at the end."""
         names = [n for n in self._names.parameters if n in written and n not in self._judged]
-        have = inspection.sensor.arrived - inspection.cleared
+        have = inspection.received
         absent = {n for n in names if n not in have or self._names.parameters[n].grad is None}
         wants = {n for n in names if self._names.parameters[n].requires_grad}
         lazy = {n for n in absent if is_lazy(self._names.parameters[n])}

@@ -302,13 +302,13 @@ def test_headline_folds():
 @pytest.mark.parametrize(
     ("cause", "operation", "label"),
     [
-        (Cause.NOT_IN_LOSS, None, "the result goes nowhere"),
+        (Cause.NOT_IN_LOSS, None, "the result does not reach the loss"),
         (Cause.NO_GRAD, None, "runs with gradient mode off"),
         (Cause.LEFT_TORCH, "torch.Tensor.item", "the value leaves torch here"),
         (Cause.NON_DIFFERENTIABLE, "torch.argmax", "`argmax` has no derivative"),
         (Cause.NON_DIFFERENTIABLE, "torch.Tensor.__gt__", "`gt` has no derivative"),
         (Cause.NON_DIFFERENTIABLE, None, "this has no derivative"),
-        (Cause.CUSTOM_FUNCTION, None, "its backward returns no gradient for it"),
+        (Cause.CUSTOM_FUNCTION, None, "no gradient comes back through this Function"),
         (Cause.REENTRANT_CHECKPOINT, None, "no input of the checkpoint requires grad"),
         (Cause.CLEARED, None, "the gradient is thrown away here"),
         (Cause.NOT_REQUESTED, None, "this call does not ask for it"),
