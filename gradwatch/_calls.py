@@ -57,6 +57,8 @@ class Kind(Enum):
     """Assigns ``.grad``."""
     SET_MODE = auto()
     """Switches gradient mode."""
+    SET_FLAG = auto()
+    """Assigns ``requires_grad``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ _BY_NAME = (
     _words("detach detach_ __deepcopy__", Kind.SEVER)
     | _words("tensor new_tensor", Kind.COPY_VALUES)
     | _words("_set_grad_enabled", Kind.SET_MODE)
+    | _words("requires_grad_", Kind.SET_FLAG)
     | _words(
         "item tolist numpy __float__ __int__ __index__ __bool__ __complex__ __array__ __contains__ "
         "is_nonzero equal allclose",
@@ -88,8 +91,8 @@ _BY_NAME = (
     )
     | _words(
         "__format__ __repr__ __str__ __len__ __hash__ __reduce_ex__ register_hook retain_grad "
-        "register_post_accumulate_grad_hook dim size numel stride requires_grad_ is_contiguous "
-        "is_floating_point is_complex",
+        "register_post_accumulate_grad_hook dim size numel stride is_contiguous is_floating_point "
+        "is_complex",
         Kind.IGNORED,
     )
 )
@@ -99,7 +102,7 @@ _BY_FUNCTION: dict[Any, Kind] = {
     torch.autograd.grad: Kind.GRAD,
 }
 _GETTERS = dict.fromkeys(("T", "mT", "H", "mH", "real", "imag"), Kind.PLAIN) | {"data": Kind.SEVER}
-_SETTERS = {"data": Kind.SET_DATA, "grad": Kind.SET_GRAD}
+_SETTERS = {"data": Kind.SET_DATA, "grad": Kind.SET_GRAD, "requires_grad": Kind.SET_FLAG}
 _INPLACE_OPERATORS = frozenset(
     [
         "__iadd__",
@@ -131,7 +134,7 @@ def _learn(func: Any) -> Traits:
     attribute = getattr(getattr(func, "__self__", None), "__name__", "")
     if short == "__get__":
         traits = Traits(_GETTERS.get(attribute, Kind.IGNORED))
-    elif short == "__set__":
+    elif short in {"__set__", "__delete__"}:
         traits = Traits(_SETTERS.get(attribute, Kind.IGNORED))
     else:
         kind = _BY_FUNCTION.get(func) or _BY_NAME.get(short, Kind.PLAIN)
@@ -181,10 +184,25 @@ class Wrapper(Enum):
         }.get(self, "copy.deepcopy")
 
 
-# Code objects rather than names: a user's own function called `apply` is none of these.
-_APPLY: CodeType = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+# Code objects rather than names: a user's own function called `forward` is none of these.
 _CHECKPOINT: CodeType = CheckpointFunction.forward.__code__
 _DEEPCOPY: CodeType = copy.deepcopy.__code__
+_FORWARDS: dict[CodeType, bool] = {}
+
+
+def _is_function_forward(code: CodeType) -> bool:
+    """Tell whether the code is the ``forward`` of a ``torch.autograd.Function``."""
+    known = _FORWARDS.get(code)
+    if known is None:
+        todo: list[type] = [torch.autograd.Function]
+        while todo:
+            cls = todo.pop()
+            found = getattr(cls.__dict__.get("forward"), "__func__", None)
+            if found is not None and hasattr(found, "__code__"):
+                _FORWARDS[found.__code__] = True
+            todo.extend(cls.__subclasses__())
+        known = _FORWARDS.setdefault(code, False)
+    return known
 
 
 def find_wrapper(
@@ -198,20 +216,16 @@ def find_wrapper(
             not to blame, since gradients were off before it began.
     """
     found: tuple[Wrapper, FrameType] | None = None
-    copies, checkpointed = 0, False
+    copies = 0
     while frame is not None:
         code = frame.f_code
         if code is _CHECKPOINT:
-            checkpointed = True
-        elif code is _APPLY:
-            found = (
-                Wrapper.REENTRANT_CHECKPOINT if checkpointed else Wrapper.CUSTOM_FUNCTION,
-                frame,
-            )
-            checkpointed = False
+            found = (Wrapper.REENTRANT_CHECKPOINT, frame)
         elif code is _DEEPCOPY:
             copies += 1
             found = (Wrapper.DEEPCOPY if copies > 1 else Wrapper.DEEPCOPY_TENSOR, frame)
+        elif code.co_name == "forward" and _is_function_forward(code):
+            found = (Wrapper.CUSTOM_FUNCTION, frame)
         elif code.co_name in {"sample", "sample_n"} and _frames.is_distribution(code):
             found = (Wrapper.SAMPLE, frame)
         frame = frame.f_back

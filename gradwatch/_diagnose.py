@@ -20,7 +20,7 @@ from gradwatch._calls import Kind, Wrapper
 from gradwatch._flow import Cut, Flow, follow
 from gradwatch._graph import Passed, watched_backward
 from gradwatch._record import Op, label_of
-from gradwatch._source import Marks
+from gradwatch._source import Marks, Use, derived_attributes, wrapping
 from gradwatch._stats import Sensor
 from gradwatch._trace import BackwardListener, Trace
 from gradwatch.report import Cause, Diagnosis, Severity, Site, Status
@@ -80,6 +80,8 @@ class Inspection(BackwardListener):
         self.sizes = sizes
         self.sensor = Sensor(self.parameters)
         self._on_step = on_step
+        self.unseen: frozenset[str] = frozenset()
+        """Names of those whose gradients an optimizer takes away before backward ends."""
 
     def start(self) -> None:
         """Begin to record."""
@@ -112,14 +114,18 @@ class Inspection(BackwardListener):
                 self.passes.append(passed)
                 yield
         finally:
-            before = self.sensor.arrived
-            self.sensor.after()
-            for name in self.sensor.arrived - before:
+            try:
+                self.sensor.after()
+            except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+                self.trace.give_up(error)
+            for name in self.sensor.latest:
                 self.trace.clearings.pop(name, None)
 
     def before_step(self, written: frozenset[str]) -> None:
         """Hand on that an optimizer is about to write."""
-        if self._on_step is not None:
+        if self.trace.in_backward:
+            self.unseen |= written  # the optimizer steps and empties `.grad` inside of backward
+        elif self._on_step is not None:
             self._on_step(written)
 
     def diagnose(self, statuses: Mapping[str, Status], step: int) -> tuple[Diagnosis, ...]:
@@ -153,7 +159,8 @@ class Inspection(BackwardListener):
         return {
             name: self._cleared(name)
             if name in arrived
-            else self._connected(name, flow, reached)
+            else self._frozen_when_read(name)
+            or self._connected(name, flow, reached)
             or self._cut(name, flow)
             or self._without_path(name, flow)
             for name in missing
@@ -162,22 +169,44 @@ class Inspection(BackwardListener):
     def _link_exits(self, flow: Flow, missing: list[str]) -> bool:
         """Join operations to the values that came to them through Python, as the text shows."""
         lost = [name for name in missing if name not in flow.cuts and name not in flow.connected]
-        exits = [op for op in self.trace.ops if op.kind is Kind.EXIT and flow.carries(op, lost)]
-        linked = False
-        known: dict[object, Marks] = {}
-        for leaving in exits:
-            if leaving.stack not in known:
-                known[leaving.stack] = Marks(leaving.stack)
-            marks = known[leaving.stack]
+        # In a loop the same expression lets values out again and again: one of each is enough.
+        exits: dict[object, Op] = {}
+        for op in self.trace.ops:
+            if op.kind is Kind.EXIT and flow.carries(op, lost):
+                exits.setdefault((op.stack, flow.carried[op.index]), op)
+        linked = self._link_roots(exits.values())
+        for leaving in exits.values():
+            marks = Marks(leaving.stack)
             for op in self.trace.ops[leaving.index + 1 :]:
                 if op.place is None or op.kind is Kind.EXIT or leaving.outputs[0] in op.inputs:
                     continue
-                if any(number in flow.reaching for number in op.outputs) and marks.hold(
-                    op.place[:2]
-                ):
+                use = Use(op.place[:2], op.plain, op.arity, op.stack[1:])
+                if not flow.reaching.isdisjoint(op.outputs) and marks.hold(use):
                     op.inputs = (*op.inputs, *leaving.outputs)
                     linked = True
         return linked
+
+    def _link_roots(self, exits: Iterable[Op]) -> bool:
+        """Join a loss that is nothing but a number to the exits that it came from."""
+        linked = False
+        for backward in self.trace.backwards:
+            for root in backward.roots:
+                made = [
+                    e
+                    for e in exits
+                    if backward.place and Marks(e.stack).hold(Use(backward.place[:2]))
+                ]
+                if self.trace.values[root].producer is None and made:
+                    inputs = tuple(number for op in made for number in op.outputs)
+                    self.trace.append_copy(inputs, root, backward.place)
+                    linked = True
+        return linked
+
+    def _frozen_when_read(self, name: str) -> Finding | None:
+        """Explain a parameter that required no grad whenever it was read, and does now."""
+        if self.trace.read_flags.get(name, True):
+            return None
+        return Finding(Cause.FROZEN, _frames.site_of(self.trace.freezings.get(name)))
 
     def _cleared(self, name: str) -> Finding:
         place = self.trace.clearings.get(name)
@@ -258,8 +287,16 @@ class Inspection(BackwardListener):
         ):
             return self._at(Cause.LEFT_TORCH, leaves)
         if op.kind is Kind.REWRAP and op.place is None:
-            return self._at(cause, self._first_reader(op) or op)
+            return self._wrapped(cause, op)
         return self._at(cause, op)
+
+    def _wrapped(self, cause: Cause, op: Op) -> Finding:
+        """Return where a value was wrapped as a new leaf, else where the leaf was first used."""
+        reader = self._first_reader(op) or op
+        step = None if reader.place is None else wrapping(reader.place[:2])
+        if step is None:
+            return Finding(cause, _frames.site_of(reader.place, reader.module), op.name)
+        return Finding(cause, _frames.site_of(_frames.Place(*step), reader.module), op.name)
 
     def _first_reader(self, op: Op) -> Op | None:
         made = set(op.outputs)
@@ -268,13 +305,23 @@ class Inspection(BackwardListener):
         )
 
     def _without_path(self, name: str, flow: Flow) -> Finding:
-        reads = [op for op in flow.reads.get(name, ()) if op.grad_mode or op.wrapper]
+        reads = [op for op in flow.reads.get(name, ()) if self._is_use(op, name)]
         if reads and name in flow.dropped:
             return self._at(Cause.NOT_IN_LOSS, flow.dropped[name])
-        replaced = self._replaced(name, flow)
-        if replaced is not None:
-            return replaced
+        for look in (self._made_before, self._replaced):
+            finding = look(name, flow)
+            if finding is not None:
+                return finding
         return Finding(Cause.UNUSED, notes=self._why_unused(name, flow))
+
+    def _is_use(self, op: Op, name: str) -> bool:
+        """Tell whether an operation computes with a parameter, and does not just copy or write it."""
+        if op.kind in {Kind.SEVER, Kind.EXIT, Kind.SET_DATA}:
+            return False
+        if op.wrapper in {Wrapper.DEEPCOPY, Wrapper.DEEPCOPY_TENSOR}:
+            return False
+        written = any(self.trace.values[old].parameter == name for old in op.kept.values())
+        return not written and (op.grad_mode or op.wrapper is not None)
 
     def _why_unused(self, name: str, flow: Flow) -> tuple[str, ...]:
         path = name.rpartition(".")[0]
@@ -284,11 +331,27 @@ class Inspection(BackwardListener):
             return (_words.did_not_run(path),)
         return (_words.ran_without_it(path),)
 
+    def _made_before(self, name: str, flow: Flow) -> Finding | None:
+        """Look for an attribute that was computed from the parameter before the pass began."""
+        path, _, short = name.rpartition(".")
+        module = self._modules.get(path)
+        if module is None:
+            return None
+        derived = derived_attributes(type(module), short)
+        for number, value in enumerate(self.trace.values):
+            if value.attribute is None or number not in flow.reaching:
+                continue
+            if value.attribute[0] == path and value.attribute[1] in derived:
+                statement, functions = derived[value.attribute[1]]
+                site = Site(statement.file, statement.line, module=path, source=statement.text)
+                return Finding(_cause_in(functions), site, None, (_words.COMPUTED_EARLIER,))
+        return None
+
     def _replaced(self, name: str, flow: Flow) -> Finding | None:
         """Look for a leaf that the loss was computed with in this parameter's place."""
         label = label_of(self.parameters[name])
         for number, value in enumerate(self.trace.values):
-            if value.alien != label or number not in flow.reaching:
+            if value.label != label or number not in flow.reaching:
                 continue
             users = [op for op in self.trace.ops if number in op.inputs]
             if users and self._stands_in(number, users, self.parameters[name]):
@@ -301,7 +364,8 @@ class Inspection(BackwardListener):
             return True  # filled in this very pass: its module was made anew
         if users[0].module is not None:
             return True  # used by a module of this model
-        alien = self.trace.aliens[number]()
+        ref = self.trace.values[number].alien
+        alien = None if ref is None else ref()
         return alien is not None and bool(torch.equal(alien, parameter))
 
     # Zero and not finite --------------------------------------------------------------------------
@@ -313,6 +377,16 @@ class Inspection(BackwardListener):
             tag = passed.origin(id(self.parameters[name]), zero=zero)
             if tag is not None:
                 return self._at(cause, self._op(tag))
+        written = self.trace.gradient_writes.get(name)
+        if written is not None:
+            return self._at(cause, written)
+        for op in self.trace.ops:
+            # What a reentrant checkpoint computes in backward has a graph that is never seen.
+            if op.around is not None and any(
+                self.trace.values[number].parameter == name for number in op.inputs
+            ):
+                site = _frames.site_of(op.around)
+                return Finding(cause, site, Wrapper.REENTRANT_CHECKPOINT.public_name)
         return Finding(cause)
 
     # Small things ---------------------------------------------------------------------------------
@@ -326,10 +400,19 @@ class Inspection(BackwardListener):
         return Finding(cause, _frames.site_of(op.place, op.module), op.name)
 
 
+def _cause_in(functions: frozenset[str]) -> Cause:
+    """Return what cuts a value, by the names of what an expression calls and reads."""
+    if "deepcopy" in functions:
+        return Cause.REPLACED
+    if not functions.isdisjoint({"item", "tolist", "numpy", "tensor", "float", "int"}):
+        return Cause.LEFT_TORCH
+    return Cause.DETACHED
+
+
 def _cause(op: Op) -> Cause:
     if op.wrapper is not None:
         return _WRAPPED[op.wrapper]
-    if op.kind in {Kind.SEVER, Kind.REWRAP}:
+    if op.kind in {Kind.SEVER, Kind.REWRAP, Kind.SET_DATA}:
         return Cause.DETACHED
     if op.kind in {Kind.EXIT, Kind.COPY_VALUES}:
         return Cause.LEFT_TORCH

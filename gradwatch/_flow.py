@@ -23,8 +23,7 @@ from gradwatch._calls import Kind
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from gradwatch._record import Op
-    from gradwatch._trace import Trace
+    from gradwatch._record import Op, Record
 
 _FAR = 1 << 30
 _BREAKS = {Kind.SEVER, Kind.EXIT, Kind.COPY_VALUES, Kind.REWRAP, Kind.SHAPE_ONLY}
@@ -63,7 +62,7 @@ class Flow:
         return not self.carried.get(op.index, frozenset()).isdisjoint(names)
 
 
-def follow(trace: Trace, names: Sequence[str], roots: Sequence[int]) -> Flow:
+def follow(trace: Record, names: Sequence[str], roots: Sequence[int]) -> Flow:
     """Follow the values of parameters through a trace, to where each was cut off from the loss.
 
     Args:
@@ -78,7 +77,7 @@ def follow(trace: Trace, names: Sequence[str], roots: Sequence[int]) -> Flow:
 
 
 class _Follower:
-    def __init__(self, trace: Trace, names: Sequence[str], roots: Sequence[int]) -> None:
+    def __init__(self, trace: Record, names: Sequence[str], roots: Sequence[int]) -> None:
         self.ops, self.values = trace.ops, trace.values
         self.names = tuple(names)
         self.bits = {name: 1 << position for position, name in enumerate(self.names)}
@@ -115,9 +114,14 @@ class _Follower:
         for number in op.inputs:
             live |= self.live[number]
             dead |= self.dead[number]
+        # Under no_grad, or through `.data`, what is written is a constant: only the tensor's own
+        # history goes on.
+        only_kept = op.kind is Kind.SET_DATA or (bool(op.kept) and not op.grad_mode)
         for number in op.outputs:
             value = self.values[number]
             through = live if value.tracked and op.kind not in _BREAKS else 0
+            if only_kept:
+                through &= self.live[op.kept[number]] if number in op.kept else 0
             own = self.bits.get(value.parameter or "", 0)
             self.live[number] = through | own
             self.dead[number] = (live | dead) & ~(through | own)

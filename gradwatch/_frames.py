@@ -48,6 +48,7 @@ class Place(NamedTuple):
 
 _OWNERS: dict[CodeType, Owner] = {}
 _BY_FILE: dict[str, Owner] = {}
+_DISPATCHERS = tuple(f"{os.sep}torch{os.sep}{name}" for name in ("overrides.py", "_tensor.py"))
 _OPTIMIZERS: dict[CodeType, bool] = {}
 
 
@@ -65,7 +66,9 @@ def _folders(*packages: str) -> tuple[str, ...]:
 
 
 _MACHINERY = _folders("torch", "gradwatch")
-_TRAINER = _folders("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities")
+_TRAINER = _folders(
+    "pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "torchmetrics"
+)
 _DISTRIBUTIONS = next(
     (f + "distributions" + os.sep for f in _MACHINERY if f.endswith(os.sep + "torch" + os.sep)), ""
 )
@@ -142,6 +145,23 @@ def stack(frame: FrameType | None) -> tuple[tuple[CodeType, int], ...]:
             found.append((frame.f_code, frame.f_lasti))
         frame = frame.f_back
     return tuple(found)
+
+
+def is_call_from(frame: FrameType, func: object, place: Place | None) -> bool:
+    """Tell whether the code at a place called a function of torch itself, not through a module.
+
+    Args:
+        frame: The frame from which the mode was called.
+        func: The function; its own Python wrapper may stand between.
+        place: The place.
+    """
+    own = getattr(func, "__code__", None)
+    above: FrameType | None = frame
+    while above is not None and (
+        above.f_code is own or above.f_code.co_filename.endswith(_DISPATCHERS)
+    ):
+        above = above.f_back
+    return above is not None and place is not None and above.f_code is place.code
 
 
 def depth(frame: FrameType | None) -> int:

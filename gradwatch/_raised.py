@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gradwatch._diagnose import Inspection
-    from gradwatch._record import Op
+    from gradwatch._record import Op, Write
     from gradwatch._trace import Trace
 
 
@@ -84,16 +84,25 @@ def _overwritten(message: str, inspection: Inspection, model: nn.Module) -> str 
     if found is None:
         return None
     shape = tuple(int(size) for size in found[1].split(",") if size.strip())
-    node, expected = found[2], int(found[4])
-    writes = [w for w in trace.writes if w.shape == shape and w.version > expected]
-    best = [w for w in writes if w.node == node] or [w for w in writes if w.node is not None]
-    if not best and trace.steps:
-        place, _ = trace.steps[-1]
-        return _words.error_note("optimizer_stepped", _at(place), node)
-    chosen = (best or writes)[:1]
-    if not chosen:
-        return None
-    return _words.error_note("overwritten", _at(chosen[0].place), node, chosen[0].operation)
+    write = _culprit([w for w in trace.writes if w.version > int(found[4])], shape, found[2])
+    if write is not None:
+        return _words.error_note("overwritten", _at(write.place), found[2], write.operation)
+    if trace.steps:
+        return _words.error_note("optimizer_stepped", _at(trace.steps[-1][0]), found[2])
+    return None
+
+
+def _culprit(writes: list[Write], shape: tuple[int, ...], node: str | None) -> Write | None:
+    """Return the write that an error speaks of: by the node and the shape it names, as far as both help.
+
+    Views share a version, not a shape; the weight of a linear layer is saved transposed.
+    """
+    same = [w for w in writes if shape in w.shapes]
+    turned = [w for w in writes if sorted(shape) in map(sorted, w.shapes)]
+    for group in ([w for w in same if w.node == node and node is not None], same, turned):
+        if group:
+            return group[0]
+    return None if node is not None and "AccumulateGrad" in node else next(iter(writes), None)
 
 
 def _twice(message: str, inspection: Inspection, model: nn.Module) -> str | None:
@@ -102,42 +111,57 @@ def _twice(message: str, inspection: Inspection, model: nn.Module) -> str | None
     trace = inspection.trace
     for op in trace.ops:
         if op.kind is Kind.LINK and op.place is None:
-            kept = _kept_in(model, trace, op)
-            if kept is not None:
-                where, name = kept
-                return _words.error_note("kept", where, f" (`{name}`)")
             reader = next(
                 (o for o in trace.ops[op.index :] if set(op.outputs) & set(o.inputs)), None
             )
-            if reader is not None:
-                return _words.error_note("kept", _at(reader.place), "")
-    passes = [backward for backward in trace.backwards if backward.accumulates]
-    if len(passes) > 1:
-        first, second = (_at(backward.place) for backward in passes[-2:])
-        return _words.error_note("twice", f"{first} (the earlier one)\n  --> {second}")
-    return _words.error_note("twice", _at(passes[-1].place)) if passes else None
+            kept = _kept_in(model, trace, op, reader)
+            if kept is not None:
+                return _words.error_note("kept", *kept)
+    places = [_at(backward.place) for backward in trace.backwards]
+    if len(places) > 1:
+        return _words.error_note("twice", f"{places[-2]} (the earlier one)\n  --> {places[-1]}")
+    return _words.error_note("twice", places[-1]) if places else None
 
 
-def _kept_in(model: nn.Module, trace: Trace, op: Op) -> tuple[str, str] | None:
-    """Return the statement that keeps a tensor of an earlier pass on a module, and its name."""
+def _kept_in(
+    model: nn.Module, trace: Trace, op: Op, reader: Op | None
+) -> tuple[str | None, str] | None:
+    """Return the statement that keeps a tensor of an earlier pass, and the name it has there."""
     known = trace.foreign.get(op.index)
     tensor = None if known is None else known()
-    if tensor is None:
-        return None
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if value is tensor or (
-                isinstance(value, (list, tuple, dict)) and _holds(value, tensor)
-            ):
-                statements = _source.attribute_assignments(type(module), name)
+            if tensor is not None and _holds(value, tensor):
+                statements = _source.keepings(type(module), name)
                 if statements:
-                    return _statement(statements[-1]), f"{path}.{name}" if path else name
+                    return _statement(
+                        statements[0]
+                    ), f" (`{path}.{name}`)" if path else f" (`{name}`)"
+    if reader is None or reader.place is None:
+        return None
+    statements = _source.stores(reader.place[:2])
+    return (_statement(statements[0]) if statements else _at(reader.place)), ""
+
+
+def _wrong_count(message: str, inspection: Inspection, model: nn.Module) -> str | None:
+    """Explain a Function whose backward returned too few or too many gradients."""
+    del model
+    found = re.search(r"[Ff]unction (\w+) returned", message)
+    for passed in inspection.passes:
+        for node in passed.nodes:
+            if found is not None and node.custom and node.name == found[1] and node.tag >= 0:
+                place = inspection.trace.ops[node.tag].place
+                return _words.error_note("wrong_count", _at(place))
     return None
 
 
-def _holds(container: Any, tensor: Any) -> bool:
-    items = container.values() if isinstance(container, dict) else container
-    return any(item is tensor for item in items)
+def _holds(value: Any, tensor: Any) -> bool:
+    """Tell whether a value is a tensor, or a container that holds it."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return value is tensor or (
+        isinstance(value, (list, tuple)) and any(_holds(item, tensor) for item in value)
+    )
 
 
 def _failing(kind: str) -> Callable[[str, Inspection, nn.Module], str | None]:
@@ -173,4 +197,10 @@ _KINDS: tuple[tuple[str, Callable[[str, Inspection, nn.Module], str | None]], ..
     ("Inference tensors cannot be saved for backward", _failing("inference")),
     ("Inplace update to inference tensor", _failing("inference")),
     ("is not implemented", _failing("no_derivative")),
+    ("is being modified inplace", _failing("view_in_place")),
+    ("Can't call numpy() on Tensor that requires grad", _failing("numpy")),
+    ("nly Tensors of floating point", _failing("integer")),
+    ("Only Tensors created explicitly by the user", _failing("copy_of_a_result")),
+    ("appears to not have been used in the graph", _failing("not_in_graph")),
+    ("returned an incorrect number of gradients", _wrong_count),
 )

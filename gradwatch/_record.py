@@ -8,14 +8,16 @@ Limits: tensors are found in nested lists, tuples and dicts, not inside objects 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from gradwatch._calls import Kind, Wrapper, public_name
 
 if TYPE_CHECKING:
+    import weakref
     from collections.abc import Iterable, Iterator, Mapping
 
     from gradwatch._frames import Place
@@ -31,8 +33,12 @@ class Value:
     """Whether it had a ``grad_fn``, or wanted a gradient as a leaf, when it was last looked at."""
     parameter: str | None = None
     """Name of the parameter whose content it is."""
-    alien: str | None = None
+    attribute: tuple[str, str] | None = None
+    """Path of the module and name of the attribute that held it before the pass began."""
+    label: str | None = None
     """Shape and dtype of a leaf that wants a gradient and is not registered in the model."""
+    alien: weakref.ref[Tensor] | None = None
+    """That leaf."""
 
 
 @dataclass(slots=True)
@@ -49,8 +55,19 @@ class Op:
     """Path of the innermost module of the user's own that was running; None for one not in the model."""
     grad_mode: bool
     wrapper: Wrapper | None = None
+    inner: Place | None = None
+    """Where it ran, when ``place`` is where the user called its wrapper."""
+    around: Place | None = None
+    """The call of the checkpoint that it ran in, where that is one that works."""
     stack: tuple[tuple[Any, int], ...] = ()
-    """For an exit: all of the user's frames, the innermost first."""
+    """The user's frames, the innermost first: for an exit, and for what a Python value may have come to."""
+    kept: dict[int, int] = field(default_factory=dict)
+    """For a write: per value it made, the one that the same tensor had before."""
+    plain: frozenset[int | str] | None = frozenset()
+    """Positions and keywords of arguments that a Python value may have come through; None where
+    arguments and text do not correspond."""
+    arity: int = 0
+    """How many positional arguments it had."""
 
     @property
     def name(self) -> str:
@@ -76,11 +93,46 @@ class Write:
     """A tensor changed in place: what an error about saved tensors is explained with."""
 
     place: Place | None
-    shape: tuple[int, ...]
+    shapes: frozenset[tuple[int, ...]]
+    """Shapes of the tensor and of those that share its memory."""
     version: int
     operation: str
     node: str | None
     """Name of the autograd node that had made the tensor before the write."""
+
+
+@dataclass
+class Record:
+    """All that was noted of a pass; it holds no tensor alive."""
+
+    ops: list[Op] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    backwards: list[Backward] = field(default_factory=list)
+    writes: list[Write] = field(default_factory=list)
+    steps: list[tuple[Place | None, frozenset[str]]] = field(default_factory=list)
+    """Optimizer steps: where, and the parameters they wrote."""
+    clearings: dict[str, Place | None] = field(default_factory=dict)
+    """Where gradients were emptied since the last backward pass that filled them."""
+    assigned: set[str] = field(default_factory=set)
+    """Names of those whose ``.grad`` the user's program has filled by hand."""
+    gradient_writes: dict[str, Op] = field(default_factory=dict)
+    """The operation that last changed a gradient after backward."""
+    freezings: dict[str, Place | None] = field(default_factory=dict)
+    """Where ``requires_grad`` of a parameter was last switched off."""
+    read_flags: dict[str, bool] = field(default_factory=dict)
+    """Per parameter that was read, whether it required grad at any of the reads."""
+    modules_run: set[str] = field(default_factory=set)
+    foreign: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
+    """Tensors with a ``grad_fn`` that were made out of sight, by the operation that stands for it."""
+    failed: tuple[Place | None, Any] | None = None
+    """The call of the user's that raised, and its place."""
+    in_backward: bool = False
+
+    def append_copy(self, inputs: tuple[int, ...], number: int, place: Place | None) -> None:
+        """Note afterwards that a value was made from Python numbers."""
+        op = Op(len(self.ops), torch.tensor, Kind.COPY_VALUES, inputs, (number,), place, "", True)
+        self.ops.append(op)
+        self.values[number].producer = op.index
 
 
 def tensors_in(items: Iterable[Any]) -> Iterator[Tensor]:

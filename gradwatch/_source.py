@@ -21,7 +21,7 @@ from types import CodeType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 Step = tuple[CodeType, int]
 """A code object and the instruction that was running."""
@@ -87,93 +87,240 @@ def expression(step: Step, inside: ast.AST) -> ast.AST | None:
     return best
 
 
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What is known of an operation that may have been computed from the value."""
+
+    step: Step
+    """Its place."""
+    plain: frozenset[int | str] | None = None
+    """Positions and keywords of the arguments that a Python value may have come through; None where
+    arguments and text do not correspond."""
+    arity: int = 0
+    """How many positional arguments it had."""
+    callers: tuple[Step, ...] = ()
+    """The calls around it."""
+
+
 class Marks:
     """What depends on one value that left torch.
+
+    A name is marked for its *data* when it was computed from the value, and as *chosen* when the value
+    only decided what it is: in a branch, by a loop's length, as an index. A tensor that torch made
+    carries no Python data, but it may have been chosen.
 
     Args:
         stack: Where it left: the user's frames, the innermost first.
     """
 
     def __init__(self, stack: Sequence[Step]) -> None:
-        self.attributes: set[str] = set()
+        self.shared = _MarkSets()
         self._functions: dict[CodeType, _Marked] = {}
-        self._answers: dict[Step, bool] = {}
-        steps = [step for step in stack if step[0].co_name not in _INNER]
+        self._answers: dict[Use, bool] = {}
         inner = next(iter(stack), None)
-        for code, instruction in steps:
-            # The text of a comprehension belongs to the function around it.
-            seed = inner if inner is not None else (code, instruction)
-            inner = None
-            node = function(code)
+        returned = _Returned(data=True)
+        for step in stack:
+            if step[0].co_name in _INNER:
+                continue
+            node = function(step[0])
             if node is None:
                 break
-            marked = self._functions.setdefault(code, _Marked(node, self.attributes))
-            marked.seed(expression(seed, node))
-            if not marked.returns:
+            marked = self._marked(step[0], node)
+            # The text of a comprehension belongs to the function around it.
+            marked.seed(expression(inner or step, node), returned)
+            inner, returned = None, marked.returned
+            if not (returned.data or returned.chosen):
                 break
 
-    def hold(self, step: Step) -> bool:
-        """Tell whether the expression at a step was computed from the value."""
-        if step not in self._answers:
-            self._answers[step] = self._holds(step)
-        return self._answers[step]
+    def hold(self, use: Use) -> bool:
+        """Tell whether an operation was computed from the value, or chosen by it."""
+        if use not in self._answers:
+            self._answers[use] = self._holds(use)
+        return self._answers[use]
 
-    def _holds(self, step: Step) -> bool:
-        code = step[0]
-        node = function(code) if code.co_name not in _INNER else tree(code.co_filename)
-        if node is None:
+    def _holds(self, use: Use) -> bool:
+        marked = self._around(use.step)
+        found = None if marked is None else expression(use.step, marked.node)
+        if marked is not None and found is not None:
+            if marked.governs(found) or marked.chooses(found):
+                return True
+            operands = [found] if use.plain is None else _operands(found, use)
+            if any(marked.depends(operand) for operand in operands):
+                return True
+        return use.plain != frozenset() and any(map(self._passes, use.callers))
+
+    def _passes(self, caller: Step) -> bool:
+        """Tell whether a call was handed the value."""
+        marked = self._around(caller)
+        call = None if marked is None else expression(caller, marked.node)
+        if marked is None or not isinstance(call, ast.Call):
             return False
-        marked = self._functions.get(code)
-        if marked is None:
-            if code.co_name in _INNER:
-                marked = next((m for m in self._functions.values() if m.covers(step)), None)
-            if marked is None:
-                if not self.attributes:
-                    return False
-                marked = _Marked(node, self.attributes)
-        found = expression(step, node)
-        return found is not None and (marked.depends(found) or marked.governs(found))
+        given = [*call.args, *(keyword.value for keyword in call.keywords)]
+        return any(marked.depends(argument) for argument in given)
+
+    def _around(self, step: Step) -> _Marked | None:
+        code = step[0]
+        if code.co_name in _INNER:
+            return next((m for m in self._functions.values() if m.covers(step)), None)
+        return self._functions.get(code) or self._reached(code)
+
+    def _reached(self, code: CodeType) -> _Marked | None:
+        """Return the marks of a function that the value reaches through names outside of it."""
+        node = function(code)
+        outer = [m for m in self._functions.values() if m.names_among(code.co_freevars)]
+        if node is None or not (outer or self.shared):
+            return None
+        marked = self._marked(code, node)
+        for around in outer:
+            marked.take_up(around, code.co_freevars)
+        marked.spread()
+        return marked
+
+    def _marked(self, code: CodeType, node: _Function) -> _Marked:
+        if code not in self._functions:
+            self._functions[code] = _Marked(code, node, self.shared)
+        return self._functions[code]
+
+
+def _operands(node: ast.AST, use: Use) -> list[ast.AST]:
+    """Return the operands of an expression that stand for the plain arguments of its call."""
+    plain = use.plain or frozenset()
+    if isinstance(node, ast.BinOp) and len(plain) == 1:
+        # `2 * x` calls a method of x: its side says nothing, but a constant tells.
+        sides: list[ast.AST] = [node.left, node.right]
+        constants: list[ast.AST] = [s for s in sides if isinstance(s, ast.Constant)]
+        return constants if len(constants) == 1 else sides
+    if isinstance(node, ast.Call) and not any(isinstance(a, ast.Starred) for a in node.args):
+        receiver = node.func.value if isinstance(node.func, ast.Attribute) else node.func
+        texts = [receiver, *node.args] if use.arity > len(node.args) else node.args
+        named = {keyword.arg: keyword.value for keyword in node.keywords}
+        found = [texts[k] for k in plain if isinstance(k, int) and k < len(texts)]
+        return [*found, *(named[k] for k in plain if isinstance(k, str) and k in named)]
+    return [node] if plain else []
+
+
+@dataclass(slots=True)
+class _Returned:
+    """What a function hands to its caller of the value."""
+
+    data: bool = False
+    positions: frozenset[int] | None = None
+    """Of a returned tuple, the elements that hold data; None for all of them."""
+    chosen: bool = False
+
+
+Key = tuple[object, ...]
+"""What can be marked: a name, an attribute, a module's name, or one item of a container."""
+
+
+class _MarkSets:
+    """Two sets of marks."""
+
+    def __init__(self) -> None:
+        self.data: set[Key] = set()
+        self.chosen: set[Key] = set()
+
+    def __len__(self) -> int:
+        return len(self.data) + len(self.chosen)
 
 
 class _Marked:
     """The marks inside one function."""
 
-    def __init__(self, node: _Function, attributes: set[str]) -> None:
+    def __init__(self, code: CodeType, node: _Function, shared: _MarkSets) -> None:
         self.node = node
-        self.names: set[str] = set()
-        self.attributes = attributes
-        self.returns = False
-        self._seeds: set[ast.AST] = set()
+        self.returned = _Returned()
+        self._shared = shared
+        self._own = _MarkSets()
+        self._file = code.co_filename
+        self._locals = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
+        self._seeds: dict[ast.AST, _Returned] = {}
         self._governed: set[ast.AST] = set()
 
+    # What is asked --------------------------------------------------------------------------------
+
     def covers(self, step: Step) -> bool:
+        """Tell whether a step lies in this function's text."""
         wanted, own = span(step), _span_of(self.node)
         return wanted is not None and own is not None and own[:2] <= wanted[:2] <= own[2:]
 
-    def seed(self, node: ast.AST | None) -> None:
-        """Mark an expression, and all that follows from it."""
-        if node is None:
-            return
-        self._seeds.add(node)
-        size = -1
-        while size != (size := len(self.names) + len(self.attributes) + len(self._governed)):
-            for statement in _own_nodes(self.node):
-                self._visit(statement)
-        if isinstance(self.node, ast.Lambda):
-            self.returns = self.depends(self.node.body)
+    def names_among(self, names: Iterable[str]) -> bool:
+        """Tell whether any of these local names is marked."""
+        return any(("name", n) in self._own.data | self._own.chosen for n in names)
 
     def depends(self, node: ast.AST) -> bool:
-        """Tell whether an expression holds anything marked."""
-        return any(
-            inner in self._seeds
-            or (isinstance(inner, ast.Name) and inner.id in self.names)
-            or (isinstance(inner, ast.Attribute) and inner.attr in self.attributes)
-            for inner in ast.walk(node)
-        )
+        """Tell whether an expression holds data of the value."""
+        seed = self._seeds.get(node)
+        if seed is not None and seed.data:
+            return True
+        return self._finds(node, self._own.data | self._shared.data, self.depends)
+
+    def chooses(self, node: ast.AST) -> bool:
+        """Tell whether an expression is what it is because of the value."""
+        seed = self._seeds.get(node)
+        if seed is not None and seed.chosen:
+            return True
+        if isinstance(node, ast.IfExp) and self.depends(node.test):
+            return True
+        if isinstance(node, ast.Subscript) and self.depends(node.slice):
+            return True
+        if isinstance(node, ast.Call) and self.depends(node.func) and _selects(node.func):
+            return True
+        if isinstance(node, ast.comprehension) and any(map(self.depends, node.ifs)):
+            return True
+        return self._finds(node, self._own.chosen | self._shared.chosen, self.chooses)
 
     def governs(self, node: ast.AST) -> bool:
-        """Tell whether a node stands in a branch that a marked value chose."""
+        """Tell whether a node stands in a branch or a loop that the value chose."""
         return any(node in ast.walk(branch) for branch in self._governed)
+
+    def _finds(self, node: ast.AST, marks: set[Key], again: Callable[[ast.AST], bool]) -> bool:
+        key = self._key(node)
+        if key is not None and key in marks:
+            return True
+        if isinstance(node, (ast.Name, ast.Attribute)) and any(
+            mark[:3] == ("item", *(key or ())[:2]) for mark in marks
+        ):
+            return True  # the whole container, of which an item is marked
+        if key is not None and key[0] == "item" and isinstance(node, ast.Subscript):
+            base = self._key(node.value)
+            return base is not None and base in marks
+        return any(map(again, ast.iter_child_nodes(node)))
+
+    def _key(self, node: ast.AST) -> Key | None:
+        if isinstance(node, ast.Name):
+            return ("name", node.id) if node.id in self._locals else ("global", node.id, self._file)
+        if isinstance(node, ast.Attribute):
+            return "attribute", node.attr
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            base = self._key(node.value)
+            return None if base is None else ("item", *base[:2], node.slice.value)
+        return None
+
+    # How marks spread ---------------------------------------------------------------------------
+
+    def seed(self, node: ast.AST | None, returned: _Returned) -> None:
+        """Mark an expression, and all that follows from it."""
+        if isinstance(node, (ast.If, ast.While, ast.IfExp)):
+            node = node.test  # some jumps bear the place of the whole statement
+        if node is not None:
+            self._seeds[node] = returned
+            self.spread()
+
+    def take_up(self, around: _Marked, names: Iterable[str]) -> None:
+        """Take over the marks that a function around this one has on names that both know."""
+        keys = {("name", name) for name in names}
+        self._own.data |= around._own.data & keys
+        self._own.chosen |= around._own.chosen & keys
+
+    def spread(self) -> None:
+        """Mark what follows from the marks until nothing is added."""
+        size = -1
+        while size != (size := len(self._own) + len(self._shared) + len(self._governed)):
+            for node in _own_nodes(self.node):
+                self._visit(node)
+        if isinstance(self.node, ast.Lambda):
+            self._return(self.node.body)
 
     def _visit(self, node: ast.AST) -> None:
         if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr)):
@@ -188,41 +335,81 @@ class _Marked:
         elif isinstance(node, ast.Call):
             self._fill(node)
         elif isinstance(node, (ast.If, ast.While)) and self.depends(node.test):
-            self._governed.update((*node.body, *node.orelse))
+            self._govern(node)
         elif isinstance(node, (ast.Return, ast.Yield)) and node.value is not None:
-            self.returns |= self.depends(node.value) or self.governs(node)
+            self._return(node.value)
+
+    def _govern(self, node: ast.If | ast.While) -> None:
+        """Note what a condition chooses: its branches, and the loop that it may end."""
+        if all(isinstance(statement, ast.Raise) for statement in node.body):
+            return
+        self._governed.update((*node.body, *node.orelse))
+        if any(isinstance(inner, (ast.Break, ast.Continue)) for inner in ast.walk(node)):
+            for loop in _own_nodes(self.node):
+                if isinstance(loop, (ast.For, ast.While)) and node in ast.walk(loop):
+                    self._governed.update(loop.body)
+
+    def _return(self, value: ast.expr) -> None:
+        if isinstance(value, ast.Constant) and value.value is None:
+            return
+        if self.governs(value) or self.chooses(value):
+            self.returned.chosen = True
+        if isinstance(value, ast.Tuple):
+            marked = frozenset(i for i, part in enumerate(value.elts) if self.depends(part))
+            if marked and not (self.returned.data and self.returned.positions is None):
+                self.returned.data = True
+                self.returned.positions = marked | (self.returned.positions or frozenset())
+        elif self.depends(value):
+            self.returned.data, self.returned.positions = True, None
 
     def _assign(self, targets: Iterable[ast.AST], value: ast.AST) -> None:
-        marked = self.depends(value)
+        data, chosen = self.depends(value), self.chooses(value)
+        seed = self._seeds.get(value)
         for target in targets:
-            if (
-                isinstance(target, (ast.Tuple, ast.List))
-                and isinstance(value, (ast.Tuple, ast.List))
-                and len(target.elts) == len(value.elts)
-            ):
-                for one, other in zip(target.elts, value.elts, strict=True):
+            parts = target.elts if isinstance(target, (ast.Tuple, ast.List)) else None
+            texts = value.elts if isinstance(value, (ast.Tuple, ast.List)) else None
+            if parts is not None and texts is not None and len(parts) == len(texts):
+                for one, other in zip(parts, texts, strict=True):
                     self._assign([one], other)
-            elif marked or self.governs(target):
-                self._mark(target)
+            elif parts is not None and seed is not None and seed.positions is not None:
+                for position, one in enumerate(parts):
+                    self._mark(one, data=position in seed.positions, chosen=chosen)
+            else:
+                self._mark(target, data=data, chosen=chosen or self.governs(target))
 
-    def _mark(self, target: ast.AST) -> None:
-        if isinstance(target, ast.Name):
-            self.names.add(target.id)
-        elif isinstance(target, ast.Attribute):
-            self.attributes.add(target.attr)
-        elif isinstance(target, (ast.Subscript, ast.Starred)):
-            self._mark(target.value)
-        elif isinstance(target, (ast.Tuple, ast.List)):
+    def _mark(self, target: ast.AST, *, data: bool, chosen: bool) -> None:
+        if isinstance(target, (ast.Tuple, ast.List)):
             for element in target.elts:
-                self._mark(element)
+                self._mark(element, data=data, chosen=chosen)
+        elif isinstance(target, ast.Starred):
+            self._mark(target.value, data=data, chosen=chosen)
+        else:
+            key = self._key(target)
+            if key is None and isinstance(target, ast.Subscript):
+                key = self._key(target.value)
+            if key is not None:
+                is_local = "name" in key[:2]
+                sets = self._own if is_local else self._shared
+                if data:
+                    sets.data.add(key)
+                if chosen:
+                    sets.chosen.add(key)
 
     def _fill(self, call: ast.Call) -> None:
-        """Mark a container into which a marked value was put."""
+        """Mark a container into which a value was put, or that the value chose to fill."""
         method = call.func
         if isinstance(method, ast.Attribute) and method.attr in _FILLERS:
             values = [*call.args, *(keyword.value for keyword in call.keywords)]
-            if any(self.depends(value) for value in values):
-                self._mark(method.value)
+            self._mark(
+                method.value,
+                data=any(map(self.depends, values)),
+                chosen=any(map(self.chooses, values)) or self.governs(call),
+            )
+
+
+def _selects(node: ast.AST) -> bool:
+    """Tell whether an expression picks what is called: `self.experts[k]`."""
+    return any(isinstance(inner, ast.Subscript) for inner in ast.walk(node))
 
 
 def _targets(node: ast.Assign | ast.AnnAssign | ast.AugAssign | ast.NamedExpr) -> list[ast.expr]:
@@ -266,23 +453,90 @@ def _statements(file: str, found: Iterable[ast.AST]) -> list[Statement]:
     return [Statement(file, line, linecache.getline(file, line).strip()) for line in lines]
 
 
-def attribute_assignments(cls: type, name: str) -> list[Statement]:
-    """Return where the methods of a class, or of those it inherits from, assign an attribute."""
+def keepings(cls: type, name: str) -> list[Statement]:
+    """Return where a class, or one it inherits from, keeps values in an attribute, the tellest first.
+
+    Filling the container that an attribute holds tells more than making it, and what runs in every step
+    more than what runs once.
+    """
     for base in cls.__mro__:
         file = file_of(base)
         module = None if file is None else tree(file)
         if file is None or module is None:
             continue
         found = [
-            node
+            (rank, node)
             for definition in _classes(module, base.__qualname__)
-            for node in ast.walk(definition)
-            if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign))
-            and any(isinstance(t, ast.Attribute) and t.attr == name for t in _flat_targets(node))
+            for method in definition.body
+            for node in ast.walk(method)
+            if (rank := _keeps(node, name, getattr(method, "name", ""))) is not None
         ]
         if found:
-            return _statements(file, found)
+            return _statements(file, [node for _, node in sorted(found, key=lambda pair: pair[0])])
     return []
+
+
+def stores(step: Step) -> list[Statement]:
+    """Return where a file keeps what an expression is given, the tellest statement first.
+
+    Args:
+        step: The place of the expression.
+    """
+    code = step[0]
+    node = function(code)
+    read = None if node is None else expression(step, node)
+    module = tree(code.co_filename)
+    if read is None or module is None:
+        return []
+    definitions = {
+        n.name: n
+        for n in ast.walk(module)
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }
+    names = _given_names(read, definitions)
+    found = [
+        (rank, kept)
+        for definition in [*definitions.values(), module]
+        for kept in _own_nodes(definition)
+        for name in names
+        if (rank := _keeps(kept, name, getattr(definition, "name", ""))) is not None
+    ]
+    return _statements(code.co_filename, [kept for _, kept in sorted(found, key=lambda p: p[0])])
+
+
+def _given_names(read: ast.AST, definitions: Mapping[str, ast.AST]) -> set[str]:
+    """Return the names of attributes and containers that an expression takes its operands from."""
+    given = (
+        [*read.args, *(k.value for k in read.keywords)] if isinstance(read, ast.Call) else [read]
+    )
+    names: set[str] = set()
+    for inner in (node for value in given for node in ast.walk(value)):
+        if isinstance(inner, ast.Call) and _called(inner) in definitions:
+            for returned in ast.walk(definitions[_called(inner)]):
+                if isinstance(returned, ast.Return) and returned.value is not None:
+                    names |= {_last_name(n) for n in ast.walk(returned.value)}
+        names.add(_last_name(inner))
+    return names - {""}
+
+
+def _keeps(node: ast.AST, name: str, method: str) -> int | None:
+    """Tell how much a statement says about what is kept under a name; less is more."""
+    if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and node.value is not None:
+        for target in _flat_targets(node):
+            if isinstance(target, ast.Subscript) and _last_name(target.value) == name:
+                return 0
+            if isinstance(target, ast.Attribute) and target.attr == name:
+                return 2 if method == "__init__" else 1
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return None
+    fills = node.func.attr in _FILLERS and _last_name(node.func.value) == name
+    return 0 if fills and node.args else None
+
+
+def _last_name(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def freezings(cls: type) -> list[Statement]:
@@ -311,3 +565,71 @@ def _freezes(node: ast.AST) -> bool:
 def _flat_targets(node: ast.Assign | ast.AnnAssign | ast.AugAssign) -> Iterator[ast.expr]:
     for target in _targets(node):
         yield from target.elts if isinstance(target, (ast.Tuple, ast.List)) else (target,)
+
+
+def wrapping(step: Step) -> tuple[CodeType, int] | None:
+    """Return the instruction before a step that wrapped a value as ``nn.Parameter`` in its function.
+
+    Args:
+        step: Where the wrapped tensor was first used.
+    """
+    code, instruction = step
+    node = function(code)
+    used = None if node is None else expression(step, node)
+    if node is None or used is None:
+        return None
+    names = {inner.id for inner in ast.walk(used) if isinstance(inner, ast.Name)}
+    calls = {
+        _span_of(inner): any(isinstance(t, ast.Name) and t.id in names for t in _targets(statement))
+        for statement in ast.walk(node)
+        if isinstance(statement, (ast.Assign, ast.AnnAssign, ast.NamedExpr))
+        for inner in ast.walk(statement)
+        if isinstance(inner, ast.Call) and _called(inner) in {"Parameter", "Variable"}
+    }
+    chosen = [place for place, is_used in calls.items() if is_used]
+    for number, (line, end_line, column, end_column) in enumerate(code.co_positions()):
+        if (line, column, end_line, end_column) in chosen and 2 * number < instruction:
+            return code, 2 * number
+    return None
+
+
+def _called(call: ast.Call) -> str:
+    function_ = call.func
+    if isinstance(function_, ast.Attribute):
+        return function_.attr
+    return function_.id if isinstance(function_, ast.Name) else ""
+
+
+def derived_attributes(cls: type, parameter: str) -> dict[str, tuple[Statement, frozenset[str]]]:
+    """Return the attributes that a class computes from a parameter, with the functions in between.
+
+    Args:
+        cls: The class of the module that registers the parameter.
+        parameter: The parameter's attribute.
+    """
+    file = file_of(cls)
+    module = None if file is None else tree(file)
+    found: dict[str, tuple[Statement, frozenset[str]]] = {}
+    if file is None or module is None:
+        return found
+    for definition in _classes(module, cls.__qualname__):
+        for node in ast.walk(definition):
+            for name, value in _kept_values(node):
+                read = {n.attr for n in ast.walk(value) if isinstance(n, ast.Attribute)}
+                if parameter in read:
+                    calls = {_called(n) for n in ast.walk(value) if isinstance(n, ast.Call)}
+                    (statement,) = _statements(file, [node])
+                    found[name] = (statement, frozenset(read | calls))
+    return found
+
+
+def _kept_values(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """Yield the attributes and buffers that a statement sets, with their expressions."""
+    if isinstance(node, ast.Assign):
+        for target in _flat_targets(node):
+            if isinstance(target, ast.Attribute):
+                yield target.attr, node.value
+    elif isinstance(node, ast.Call) and _called(node) == "register_buffer":
+        name, value = [*node.args, None, None][:2]
+        if isinstance(name, ast.Constant) and value is not None:
+            yield str(name.value), value

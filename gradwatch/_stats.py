@@ -46,11 +46,17 @@ class Sensor:
         self._parameters = tuple(parameters.values())
         self._held: dict[int, tuple[weakref.ref[Tensor], int]] | None = None
         self._arrived: set[int] = set()
+        self._latest: set[int] = set()
 
     @property
     def arrived(self) -> frozenset[str]:
         """Names of those that were given a gradient since ``restart()``."""
         return frozenset(self.names[position] for position in self._arrived)
+
+    @property
+    def latest(self) -> frozenset[str]:
+        """Names of those that the last backward pass gave a gradient to."""
+        return frozenset(self.names[position] for position in self._latest)
 
     def watches(self, parameters: Mapping[str, Tensor]) -> bool:
         """Tell whether these are the very parameters that are watched, under the same names."""
@@ -72,12 +78,15 @@ class Sensor:
         if self._held is None:
             return
         held, self._held = self._held, None
+        latest = set()
         for position, gradient in enumerate([p.grad for p in self._parameters]):
             if gradient is None:
                 continue
             known = held.get(position)
             if known is None or known[0]() is not gradient or known[1] != _version(gradient):
-                self._arrived.add(position)
+                latest.add(position)
+        self._latest = latest
+        self._arrived |= latest
 
     def missing(self) -> list[str]:
         """Return the names of those that want a gradient and have none of this step."""

@@ -26,7 +26,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
 from gradwatch._record import (
     Backward,
     Op,
+    Record,
     Value,
     Write,
     fractions_in,
@@ -62,6 +67,8 @@ from gradwatch._record import (
 )
 
 _traces = itertools.count()
+_eager = 0
+_stance = ExitStack()
 _log = logging.getLogger("gradwatch")
 
 
@@ -82,6 +89,7 @@ class _Call:
     read: list[Tensor]
     numbers: list[int]
     node: str | None = None
+    plain: frozenset[int | str] | None = None
 
 
 class BackwardListener:
@@ -96,7 +104,7 @@ class BackwardListener:
         """Hear that an optimizer is about to write these parameters."""
 
 
-class Trace:
+class Trace(Record):
     """Record the operations of everything that runs between ``start()`` and ``stop()``.
 
     Nothing it does can end the user's program: when its own bookkeeping fails it stops recording, and
@@ -117,23 +125,7 @@ class Trace:
         modules: Mapping[str, nn.Module],
         listener: BackwardListener | None = None,
     ) -> None:
-        self.ops: list[Op] = []
-        self.values: list[Value] = []
-        self.backwards: list[Backward] = []
-        self.writes: list[Write] = []
-        self.steps: list[tuple[Place | None, frozenset[str]]] = []
-        """Optimizer steps: where, and the parameters they wrote."""
-        self.clearings: dict[str, Place | None] = {}
-        """Where gradients were emptied since the last backward pass that filled them."""
-        self.assigned: set[str] = set()
-        """Names of those whose ``.grad`` the user's program has set to a tensor."""
-        self.failed: tuple[Place | None, Any] | None = None
-        """The call of the user's that raised, and its place."""
-        self.modules_run: set[str] = set()
-        self.aliens: dict[int, weakref.ref[Tensor]] = {}
-        """Leaves that want a gradient and are not registered in the model, by their first value."""
-        self.foreign: dict[int, weakref.ref[Tensor]] = {}
-        """Tensors with a ``grad_fn`` that were made out of sight, by the operation that stands for it."""
+        super().__init__()
         self.recording = True
         self.broken: Exception | None = None
         self.tag = f"gradwatch {next(_traces)}"
@@ -145,6 +137,9 @@ class Trace:
         self._known: dict[int, _Entry] = {}
         self._storages: dict[int, list[_Entry]] = {}
         self._floats: dict[float, int] = {}
+        self._exited = False
+        self._gradients: dict[int, str] = {}
+        self._wraps: dict[int, Place | None] = {}
         self._running: list[tuple[str | None, bool]] = []
         self._fast_call: tuple[nn.Module, list[Tensor]] | None = None
         self._grad_off_depth: int | None = None
@@ -153,10 +148,8 @@ class Trace:
         self._inside = ExitStack()
         for name, tensor in parameters.items():
             self._register(tensor, Value(None, tensor.requires_grad, name))
-        for module in modules.values():
-            for buffer in module.buffers(recurse=False):
-                if id(buffer) not in self._known:
-                    self._register(buffer, Value())
+        for path, module in modules.items():
+            self._know_attributes(path, module)
 
     # Life -------------------------------------------------------------------------------------
 
@@ -167,6 +160,7 @@ class Trace:
         for handle in (
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
+            register_module_parameter_registration_hook(self._note_registration),
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
         ):
@@ -206,6 +200,19 @@ class Trace:
         self.broken = error
         _log.warning("this step could not be traced to its end", exc_info=error)
 
+    def _know_attributes(self, path: str, module: nn.Module) -> None:
+        """Number the tensors that a module held before the pass began."""
+        for name, held in (*module.named_buffers(recurse=False), *vars(module).items()):
+            if isinstance(held, Tensor) and held.is_leaf and id(held) not in self._known:
+                number = self._register(held, self._leaf(held))
+                self.values[number].attribute = (path, name)
+
+    @staticmethod
+    def _leaf(tensor: Tensor) -> Value:
+        wants = tensor.requires_grad
+        alien = weakref.ref(tensor) if wants else None
+        return Value(tracked=wants, label=label_of(tensor) if wants else None, alien=alien)
+
     # Modules and optimizers ---------------------------------------------------------------------
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
@@ -223,7 +230,7 @@ class Trace:
                 path = around
         elif next(module.parameters(), None) is None:
             path = around  # a loss or an activation, made on the spot
-        fast = self.recording and _has_fast_path(module) and _is_innermost(self._mode)
+        fast = _has_fast_path(module) and _is_innermost(self._mode)
         self._running.append((path, fast))
         if fast:
             # NOTE [Fast path] Any active function mode makes these modules take another way through
@@ -238,12 +245,19 @@ class Trace:
             return
         (inner, read), self._fast_call = self._fast_call, None
         try:
-            read.extend(inner.parameters())
-            call = _Call(type(module).forward, Traits(), (), read, [self._read(t) for t in read])
-            self._finish(call, output, sys._getframe(1))
+            if self.recording:
+                read.extend(inner.parameters())
+                numbers = [self._read(tensor) for tensor in read]
+                call = _Call(type(module).forward, Traits(), (), read, numbers)
+                self._finish(call, output, sys._getframe(1))
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
         self._mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def _note_registration(self, module: nn.Module, name: str, parameter: Any) -> None:
+        del module, name
+        if self.recording and isinstance(parameter, Tensor) and id(parameter) not in self._known:
+            self._wraps[id(parameter)] = _frames.here(sys._getframe(1))
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if len(args) > 1 or kwargs.get("closure") is not None:
@@ -258,7 +272,10 @@ class Trace:
         )
         self.steps.append((_frames.here(sys._getframe(1)), written))
         self._was_recording, self.recording = self.recording, False
-        self._listener.before_step(written)
+        try:
+            self._listener.before_step(written)
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            self.give_up(error)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if not (len(args) > 1 or kwargs.get("closure") is not None):
@@ -285,11 +302,12 @@ class Trace:
         if entry is None or entry.ref() is not tensor:
             return self._discover(tensor)
         value = self.values[entry.value]
-        if not value.tracked and tensor.requires_grad:
-            if value.parameter is not None:
-                value.tracked = True
-            elif not tensor.is_leaf:
-                return self._adopt(tensor, entry, value)
+        if value.parameter is not None:
+            wants = tensor.requires_grad
+            value.tracked = value.tracked or wants
+            self.read_flags[value.parameter] = wants or self.read_flags.get(value.parameter, False)
+        elif not value.tracked and tensor.requires_grad and not tensor.is_leaf:
+            return self._adopt(tensor, entry, value)
         return entry.value
 
     def _adopt(self, tensor: Tensor, entry: _Entry, value: Value) -> int:
@@ -302,8 +320,22 @@ class Trace:
             None if made is None else made.place,
         )
         op.wrapper = Wrapper.CUSTOM_FUNCTION if made is None else made.wrapper
+        if op.wrapper is Wrapper.REENTRANT_CHECKPOINT:
+            self._open_checkpoint(op.place)
         entry.value = self._produce(tensor, op)
         return entry.value
+
+    def _open_checkpoint(self, place: Place | None) -> None:
+        """Take what ran inside a checkpoint that works as what it is: backward will run it again."""
+        for op in self.ops:
+            if op.wrapper is not Wrapper.REENTRANT_CHECKPOINT or op.place != place:
+                continue
+            if op.kind is Kind.LINK:
+                continue
+            op.wrapper, op.around, op.place, op.grad_mode = None, op.place, op.inner, True
+            if op.kind is Kind.PLAIN and any(self.values[n].tracked for n in op.inputs):
+                for number in op.outputs:
+                    self.values[number].tracked = True
 
     def _discover(self, tensor: Tensor) -> int:
         """Number a tensor that the mode never saw made, and link it to what it came from."""
@@ -314,21 +346,17 @@ class Trace:
             return self._produce(tensor, op)
         alias = self._alias(tensor)
         if alias is not None:
-            op = self._append(nn.Parameter, Kind.REWRAP, (alias,), None)
+            place = self._wraps.get(id(tensor))
+            op = self._append(nn.Parameter, Kind.REWRAP, (alias,), place)
             return self._produce(tensor, op)
-        wants = tensor.requires_grad
-        label = label_of(tensor) if wants else None
-        number = self._register(tensor, Value(tracked=wants, alien=label))
-        if wants:
-            self.aliens[number] = weakref.ref(tensor)
-        return number
+        return self._register(tensor, self._leaf(tensor))
 
     def _alias(self, tensor: Tensor) -> int | None:
         """Return the value over whose memory a leaf was put, where there is one."""
         for entry in reversed(self._storages.get(memory_of(tensor), ())):
             # The memory of a dead tensor may have been given to a new one: only a leaf that wants a
             # gradient is taken for its heir.
-            if entry.ref() is not None or isinstance(tensor, nn.Parameter):
+            if entry.ref() is not None or tensor.requires_grad:
                 return entry.value
         return None
 
@@ -391,45 +419,54 @@ class Trace:
         if traits.kind is Kind.SET_MODE:
             self._note_mode(enable=args[0])
         elif traits.kind is Kind.SET_GRAD:
-            self._note_gradient(args[0], args[1])
+            self._note_gradient(args[0], args[1] if len(args) > 1 else None)
+            return _Call(func, traits, args, [], [])
+        elif traits.kind is Kind.SET_FLAG:
+            self._note_flag(args, kwargs)
             return _Call(func, traits, args, [], [])
         read = read_by(args[1:] if traits.kind is Kind.SET_DATA else args, kwargs)
         numbers = [self._read(tensor) for tensor in read]
         if self._floats:
             numbers += [self._floats[x] for x in fractions_in(args) if x in self._floats]
         call = _Call(func, traits, args, read, numbers)
+        if self._exited:
+            call.plain = self._plain_arguments(args, kwargs)
         if traits.writes and read and read[0].grad_fn is not None:
             call.node = read[0].grad_fn.name()
         return call
 
     def _finish(self, call: _Call, result: Any, frame: Any) -> None:
-        kind, writes = call.traits.kind, call.traits.writes
+        kind = call.traits.kind
         if kind is Kind.EXIT:
             self._leave_torch(call, result, frame)
             return
-        if kind is Kind.SET_DATA:
-            made, writes = [call.args[0]], True
-        elif isinstance(result, Tensor):
-            made = [result]
-        elif result is None:
-            made = list(tensors_in(call.args[:1])) if writes else []
-        else:
-            made = list(tensors_in((result,)))
+        writes = call.traits.writes or kind is Kind.SET_DATA
         given = {id(tensor) for tensor in call.read}
-        made = [t for t in made if writes or id(t) not in given or self._moved(t)]
+        made = [t for t in _made(call, result) if writes or id(t) not in given or self._moved(t)]
         if not made:
             return
         numbers = () if kind is Kind.SHAPE_ONLY else tuple(call.numbers)
         op = self._append(call.func, kind, numbers, _frames.here(frame))
-        if not op.grad_mode or frame.f_code.co_name == "__deepcopy__":
-            found = find_wrapper(frame, self._grad_off_depth)
-            if found is not None:
-                op.wrapper, op.place = found
+        self._complete(op, call, frame)
         for tensor in made:
             if writes or id(tensor) in given:
                 self._written(tensor, op, call)
             else:
                 self._produce(tensor, op)
+
+    def _complete(self, op: Op, call: _Call, frame: Any) -> None:
+        """Add what only some operations have: a call that owns it, arguments from Python."""
+        if not op.grad_mode or frame.f_code.co_name == "__deepcopy__":
+            found = find_wrapper(frame, self._grad_off_depth)
+            if found is not None:
+                op.inner = op.place
+                op.wrapper, op.place = found
+        if call.plain is not None:
+            direct = _frames.is_call_from(frame, call.func, op.place)
+            op.plain = call.plain if direct or not call.plain else None
+            op.arity = len(call.args)
+            if call.plain:
+                op.stack = _frames.stack(frame)
 
     def _append(self, func: Any, kind: Kind, inputs: tuple[int, ...], place: Place | None) -> Op:
         module = self._running[-1][0] if self._running else ""
@@ -438,7 +475,24 @@ class Trace:
         self.ops.append(op)
         return op
 
+    def _plain_arguments(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> frozenset[int | str]:
+        """Return which arguments a Python value may have come through: no tensor of known making."""
+        given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
+        return frozenset(
+            key for key, arg in given.items() if arg is not None and not self._is_made(arg)
+        )
+
+    def _is_made(self, arg: Any) -> bool:
+        if isinstance(arg, Tensor):
+            entry = self._known.get(id(arg))
+            value = None if entry is None else self.values[entry.value]
+            return value is not None and not (value.producer is None and value.parameter is None)
+        return isinstance(arg, (list, tuple)) and bool(arg) and all(map(self._is_made, arg))
+
     def _leave_torch(self, call: _Call, result: Any, frame: Any) -> None:
+        self._exited = True
         op = self._append(call.func, Kind.EXIT, tuple(call.numbers), _frames.here(frame))
         op.stack = _frames.stack(frame)
         op.outputs = (len(self.values),)
@@ -452,11 +506,9 @@ class Trace:
 
     def _written(self, tensor: Tensor, op: Op, call: _Call) -> None:
         """Give a tensor that was written in place, and every live alias of it, a new value."""
-        self.writes.append(
-            Write(op.place, shape_of(tensor), version_of(tensor), op.name, call.node)
-        )
-        if op.name.endswith("zero_"):
-            self._note_clearing_of_gradient(tensor)
+        name = self._gradients.get(id(tensor))
+        if name is not None and self._parameters[name].grad is tensor:
+            self._note_written_gradient(name, op)
         targets = [tensor]
         if op.kind not in {Kind.SEVER, Kind.SET_DATA}:  # those change one tensor, not the memory
             for entry in self._storages.get(memory_of(tensor), ()):
@@ -464,13 +516,18 @@ class Trace:
                 if alias is not None and alias is not tensor:
                     targets.append(alias)
                     op.inputs = (*op.inputs, entry.value)
+        shapes = frozenset(shape_of(target) for target in targets)
+        self.writes.append(Write(op.place, shapes, version_of(tensor), op.name, call.node))
         for target in targets:
             self._rewrite(target, op)
 
     def _rewrite(self, target: Tensor, op: Op) -> None:
         known = self._known.get(id(target))
         old = None if known is None or known.ref() is not target else self.values[known.value]
+        before = None if known is None else known.value
         number = self._produce(target, op)
+        if before is not None:
+            op.kept[number] = before
         if old is not None and old.parameter is not None and target.is_leaf:
             # Written under no_grad, a parameter stays the leaf whose gradient is asked about.
             self.values[number].parameter = old.parameter
@@ -491,14 +548,33 @@ class Trace:
         if gradient is not None:
             self.assigned.add(name)
             self.clearings.pop(name, None)
+            self._gradients[id(gradient)] = name
         elif parameter.grad is not None:
             self.assigned.discard(name)
             self.clearings[name] = _frames.here(sys._getframe(4))
 
-    def _note_clearing_of_gradient(self, tensor: Tensor) -> None:
-        for name, parameter in self._parameters.items():
-            if parameter.grad is tensor:
-                self.clearings[name] = _frames.here(sys._getframe(4))
+    def _note_written_gradient(self, name: str, op: Op) -> None:
+        if op.name.endswith("zero_"):
+            self.assigned.discard(name)
+            self.clearings[name] = op.place
+        else:
+            self.assigned.add(name)
+            self.clearings.pop(name, None)
+            self.gradient_writes[name] = op
+
+    def _note_flag(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        name = self._names.get(id(args[0]))
+        wants = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+        if name is not None and not wants:
+            self.freezings[name] = _frames.here(sys._getframe(4))
+
+    def know_gradients(self) -> None:
+        """Learn which tensors are gradients now, so that writes to them are told from others."""
+        self._gradients = {
+            id(parameter.grad): name
+            for name, parameter in self._parameters.items()
+            if parameter.grad is not None
+        }
 
     def _backward(
         self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -516,17 +592,35 @@ class Trace:
             self.give_up(error)
             return func(*args, **kwargs)
         with self.paused(), around:
+            self.in_backward = True
             try:
                 result = func(*args, **kwargs)
             except Exception:
                 self.failed = (place, func)
                 raise
+            finally:
+                self.in_backward = False
+        self.know_gradients()
         if accumulates:
             return result
         op = self._append(func, Kind.GRAD, numbers, place)
         for tensor in tensors_in((result,)):
             self._produce(tensor, op)
         return result
+
+
+def _made(call: _Call, result: Any) -> list[Tensor]:
+    """Return the tensors that a call returned, or wrote where it returns none."""
+    kind = call.traits.kind
+    if kind is Kind.SET_DATA:
+        return [call.args[0]]
+    if kind is Kind.SET_FLAG:
+        return []
+    if isinstance(result, Tensor):
+        return [result]
+    if result is None:
+        return list(tensors_in(call.args[:1])) if call.traits.writes else []
+    return list(tensors_in((result,)))
 
 
 class _Mode(TorchFunctionMode):
@@ -547,11 +641,19 @@ class _Mode(TorchFunctionMode):
 @contextmanager
 def _eager_regions() -> Iterator[None]:
     """Run compiled regions eagerly inside, since the mode sees nothing of a compiled one."""
+    global _eager  # noqa: PLW0603 -- the stance is global, and several traces may overlap
     if not dynamo_is_loaded():
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    if not _eager:
+        _stance.enter_context(torch.compiler.set_stance("force_eager"))
+    _eager += 1
+    try:
         yield
+    finally:
+        _eager -= 1
+        if not _eager:
+            _stance.close()
 
 
 def _roots_and_inputs(

@@ -124,6 +124,7 @@ ONLY_WITHOUT_GRADIENT = (
 )
 IN_THE_GRAPH = "the autograd graph of the loss leads to it, and no gradient arrived"
 NOT_IN_THE_GRAPH = "the autograd graph of the loss does not lead to it"
+COMPUTED_EARLIER = "the value was computed before this step, and is used in the parameter's place"
 NO_BACKWARD = "no backward pass ran in this step"
 NOT_TRACED = (
     "tracing is switched off; with `trace: auto` in the configuration the cause is looked for"
@@ -255,6 +256,30 @@ ERRORS = {
     "inference": (
         "a tensor made under `torch.inference_mode()` is used where gradients are computed",
         "make it under `torch.no_grad()`, or `.clone()` it outside of inference mode",
+    ),
+    "view_in_place": (
+        "one of several views of a tensor is changed in place",
+        "write `x = x + y` in place of `x += y`",
+    ),
+    "numpy": (
+        "a tensor that requires grad is turned into a NumPy array",
+        "call `.detach().numpy()` where no gradient is wanted, or stay in torch where one is",
+    ),
+    "integer": (
+        "a tensor of integers or booleans is asked for a gradient",
+        "keep the value in floating point: what `argmax`, a comparison or a cast gives has none",
+    ),
+    "copy_of_a_result": (
+        "a tensor with a history is copied with `deepcopy`, which takes leaves alone",
+        "copy `x.detach().clone()`, or do not keep the result of a computation on the object",
+    ),
+    "not_in_graph": (
+        "a gradient is asked for a tensor that the output was not computed from",
+        "pass `allow_unused=True` where that is right, or look for a cut between the two",
+    ),
+    "wrong_count": (
+        "the `backward` of this Function returns another number of gradients than `forward` takes",
+        "return one value for each argument of `forward` after `ctx`, and None where there is none",
     ),
     "no_derivative": (
         "torch has no derivative for this operation with these inputs",

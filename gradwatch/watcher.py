@@ -90,9 +90,10 @@ class Watcher:
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> model = nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        >>> with Watcher(model, optimizers=[optimizer]) as watcher:
+        >>> with Watcher(model, optimizers=[optimizer], every_n_steps=1) as watcher:
         ...     with watcher.step():
         ...         model(torch.ones(1, 2)).sum().backward()
         ...         optimizer.step()
@@ -174,7 +175,10 @@ class Watcher:
 
         Raises:
             GradientAlertError: A rule with ``action: abort`` fired.
+            RuntimeError: The ``with`` block of the watcher itself was not entered.
         """
+        if self._judge is None and not self._off:
+            raise RuntimeError("`watcher.step()` belongs inside of `with watcher:`")
         self.begin_batch()
         self.before_backward()
         try:
@@ -418,7 +422,7 @@ class Watcher:
             norms=facts.stats.norms if logged else {},
             total_norm=facts.stats.total if logged else None,
             aliases=self._names.aliases,
-            diagnoses=self._ledger.holding,
+            diagnoses=(*self._ledger.holding, *healed),
             alerts=alerts,
             batch=self._batches,
         )
@@ -574,8 +578,8 @@ class _Ledger:
 
     def heal(
         self, covered: Collection[str], facts: _Facts, step: int, orphans: Collection[str]
-    ) -> bool:
-        """Close the diagnoses none of whose parameters shows its status any more."""
+    ) -> tuple[Diagnosis, ...]:
+        """Close and return the diagnoses none of whose parameters shows its status any more."""
         bad = set(facts.bad)
         over = [
             name
@@ -587,13 +591,13 @@ class _Ledger:
                 else name not in bad and (facts.measured or status is Status.MISSING)
             )
         ]
-        healed = False
+        healed = []
         for name in over:
             _, number = self._open.pop(name)
             if all(number != other for _, other in self._open.values()):
                 self._made[number] = replace(self._made[number], healed_at=step)
-                healed = True
-        return healed
+                healed.append(self._made[number])
+        return tuple(healed)
 
 
 def _watched(names: Names, config: Config) -> Names:
@@ -634,6 +638,7 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
         >>> with diagnose(model) as diagnosis:
         ...     model[1](model[0](torch.ones(1, 2)).detach()).sum().backward()

@@ -215,8 +215,8 @@ class Rewrapped(Case):
     expect = {"detached": ENC}
 
     def forward(self, x):
-        h = nn.Parameter(self.enc(x))
-        return self.head(h).mean()  # <- here
+        h = nn.Parameter(self.enc(x))  # <- here
+        return self.head(h).mean()
 
 
 class DeepcopyOfATensor(Case):

@@ -12,11 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from gradwatch import Cause, Diagnosis, DisconnectedParameterError, GradWatch, Report, Status
+from gradwatch import (
+    Cause,
+    Config,
+    Diagnosis,
+    DisconnectedParameterError,
+    GradWatch,
+    Report,
+    Status,
+)
 from gradwatch.sinks import MemorySink
 
 OK, MISSING, FROZEN = Status.OK, Status.MISSING, Status.FROZEN
-PATIENT: dict[str, Any] = {"rules": []}
+PATIENT = Config(rules=())
 
 
 @pytest.fixture(params=["pytorch_lightning", "lightning.pytorch"])
@@ -132,9 +140,7 @@ def test_healthy_model_stays_silent(pl: Any, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == ""
 
 
-def test_cause_and_line_are_told_in_the_first_step(
-    pl: Any, capsys: pytest.CaptureFixture[str]
-):
+def test_cause_and_line_are_told_in_the_first_step(pl: Any, capsys: pytest.CaptureFixture[str]):
     """The report of the first step names the cause, the parameter and the line in the source."""
     callback = GradWatch(PATIENT)
     fit(pl, made(pl, Detached, "left", "right"), callback)
@@ -156,6 +162,15 @@ def test_before_a_run_there_is_nothing_to_read():
 
     assert (callback.report, callback.diagnoses) == (Report(step=0), ())
     assert (callback.state_dict(), callback.state_key) == ({}, "GradWatch")
+
+
+def test_the_configuration_may_be_a_mapping(pl: Any):
+    """In code a mapping with the keys of the YAML file configures the callback too."""
+    contract = [{"parameters": "*left*", "gradient": "none"}]
+    callback = GradWatch({"contract": contract})  # type: ignore[arg-type]
+    fit(pl, made(pl, Detached, "left", "right"), callback)
+
+    assert callback.diagnoses == ()
 
 
 def test_frozen_layers_are_frozen(pl: Any):
@@ -304,7 +319,7 @@ class Gan(Net):
     def configure_optimizers(self) -> Any:
         groups = (["generator"], ["discriminator", "idle"])
         return [
-            torch.optim.SGD([self.branches[name].weight for name in names], 0.01)
+            torch.optim.SGD([self.branches.get_parameter(f"{name}.weight") for name in names], 0.01)
             for names in groups
         ]
 
@@ -416,7 +431,10 @@ def test_several_loggers_get_what_they_can_show(pl: Any, tmp_path: Path):
     (tag,) = (t for t in events.Tags()["scalars"] if t.endswith(f"status/{a('left')}"))
     rows = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()
     column = rows[0].split(",").index("gradwatch/params_missing")
-    assert [(s.step, s.value) for s in events.Scalars(tag)] == [(1, MISSING.code), (3, MISSING.code)]
+    assert [(s.step, s.value) for s in events.Scalars(tag)] == [
+        (1, MISSING.code),
+        (3, MISSING.code),
+    ]
     assert [float(row.split(",")[column]) for row in rows[1:]] == [1.0, 1.0, 1.0]
 
 
@@ -548,6 +566,47 @@ def test_batches_that_a_hook_skips_leave_no_trace(pl: Any):
     assert callback.diagnoses == ()
 
 
+@pytest.mark.parametrize(
+    ("missing", "left"),
+    [([], 2), (["pytorch_lightning"], 1), (["lightning.pytorch"], 1)],
+    ids=str,
+)
+def test_one_namespace_is_enough(missing: list[str], left: int, monkeypatch: pytest.MonkeyPatch):
+    """The bases of the callback are the namespaces that are installed."""
+    room: Any = importlib.import_module("gradwatch.lightning")
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+
+    assert len(room._callbacks()) == left
+
+
+def test_without_lightning_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    """Without either namespace the import fails with the command that helps."""
+    room: Any = importlib.import_module("gradwatch.lightning")
+    for name in ("pytorch_lightning", "lightning.pytorch"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+    with pytest.raises(ImportError, match="pip install pytorch-lightning"):
+        room._callbacks()
+
+
+def test_a_callback_that_was_not_set_up_does_nothing(pl: Any):
+    """Hooks without a ``setup`` before them, as in a Trainer that only validates, are harmless."""
+    callback, model = GradWatch(), made(pl, Net, "left")
+    trainer = trainer_of(pl, callback)
+    callback.setup(trainer, model, stage="validate")
+    callback.on_train_start(trainer, model)
+    callback.on_train_batch_start(trainer, model, None, 0)
+    callback.on_before_backward(trainer, model, torch.ones(()))
+    callback.on_after_backward(trainer, model)
+    callback.on_before_optimizer_step(trainer, model, torch.optim.SGD(model.parameters(), 0.1))
+    callback.on_train_batch_end(trainer, model, None, None, 0)
+    callback.on_exception(trainer, model, ValueError())
+    callback.teardown(trainer, model, stage="validate")
+
+    assert (callback.report, callback.diagnoses) == (Report(step=0), ())
+
+
 # ---- LightningCLI
 
 CLI_CONFIG = """\
@@ -584,7 +643,9 @@ def cli(pl: Any, tmp_path: Path, key: str) -> Any:
     path = tmp_path / "cli.yaml"
     path.write_text(CLI_CONFIG.format(module=demo.__name__, model="BoringModel", key=key))
     return home.LightningCLI(
-        args=["fit", "--config", str(path)], save_config_callback=None, seed_everything_default=False
+        args=["fit", "--config", str(path)],
+        save_config_callback=None,
+        seed_everything_default=False,
     )
 
 
@@ -601,9 +662,7 @@ def test_the_cli_takes_the_callback_from_yaml(pl: Any, tmp_path: Path):
 
 
 @pytest.mark.usefixtures("no_arguments")
-def test_the_cli_refuses_a_typo(
-    pl: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_the_cli_refuses_a_typo(pl: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """A key inside of ``config`` that does not exist is refused by the parser."""
     with pytest.raises(SystemExit, match="2"):
         cli(pl, tmp_path, "ruels")

@@ -130,6 +130,13 @@ def test_a_module_that_holds_itself_is_entered_once():
     assert list(names.modules) == ["", "a", "b"]
 
 
+def test_a_wrapper_that_holds_nothing_is_a_module():
+    """A module of torch's wrapper packages without anything inside is taken as it is."""
+    module = type("Empty", (nn.Module,), {"__module__": "torch.distributed.mine"})()
+
+    assert unwrap(module) is module
+
+
 def test_child_that_is_none_is_passed_over():
     """A child registered as None has no name."""
     model = Pair()

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from gradwatch._frames import here, site_of, stack
-from gradwatch._source import Marks, attribute_assignments, freezings
+from gradwatch._source import Marks, Use, freezings, keepings
 
 LEFT: list = []
 USED: list = []
@@ -34,7 +34,7 @@ def _forget():
 def held():
     """Return for each use whether it was computed from what left first."""
     marks = Marks(LEFT[0])
-    return [marks.hold(step) for step in USED]
+    return [marks.hold(Use(step)) for step in USED]
 
 
 def test_a_name_carries_the_value():
@@ -195,9 +195,9 @@ class Derived(Frozen):
 
 def test_statements_are_found_in_the_class_and_in_those_it_inherits_from():
     """Assignments to an attribute, and what freezes parameters, are found by reading the class."""
-    assert [s.text for s in attribute_assignments(Derived, "state")] == ["self.state = 1"]
+    assert [s.text for s in keepings(Derived, "state")] == ["self.state = 1"]
     assert [s.text for s in freezings(Frozen)] == [
         "parameter.requires_grad = False",
         "parameter.requires_grad_(False)",
     ]
-    assert attribute_assignments(int, "state") == []
+    assert keepings(int, "state") == []

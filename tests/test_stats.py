@@ -67,7 +67,7 @@ def with_stale_gradients(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Pa
 def sensed(sensor: Sensor, loss: Tensor, **options: Any) -> frozenset[str]:
     """Run one backward pass under the sensor, and return what has arrived so far."""
     sensor.before()
-    loss.backward(**options)  # type: ignore[no-untyped-call]
+    loss.backward(**options)
     sensor.after()
     return sensor.arrived
 
@@ -89,7 +89,7 @@ def test_stale_gradients_are_missing():
     ps = with_stale_gradients(leaves("used", "unused", "none"))
     sensor = Sensor(ps)
 
-    arrived = sensed(sensor, Swallow.apply(ps["used"] * 2, ps["none"]).sum())  # type: ignore[no-untyped-call]
+    arrived = sensed(sensor, Swallow.apply(ps["used"] * 2, ps["none"]).sum())
 
     assert arrived == {"used"}
     assert sensor.missing() == ["unused", "none"]
@@ -118,6 +118,7 @@ def test_accumulated_backwards_count_together():
     sensed(sensor, ps["b"].sum())
 
     assert sensor.arrived == {"a", "b"}
+    assert sensor.latest == {"b"}
     assert sensor.missing() == ["c"]
 
 
@@ -298,7 +299,9 @@ def test_norm_is_right_for_every_dtype(gradient: Tensor, norm: float):
 
 def test_sparse_gradients_are_summed_before_they_are_measured():
     """Entries of the same place in an uncoalesced sparse gradient count as their sum."""
-    twice = torch.sparse_coo_tensor([[0, 0]], [1.0, 1.0], (3,), check_invariants=True)
+    twice = torch.sparse_coo_tensor(
+        torch.tensor([[0, 0]]), torch.tensor([1.0, 1.0]), (3,), check_invariants=True
+    )
 
     assert norm_of(twice) == 2.0
     assert norm_of(twice.coalesce()) == 2.0

@@ -5,7 +5,7 @@ import inspect
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 import torch
@@ -26,6 +26,9 @@ from gradwatch import (
     diagnose,
 )
 from gradwatch.sinks import MemorySink
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 OK, MISSING, ZERO, FROZEN, NONFINITE, UNSEEN = (
     Status.OK,
@@ -100,12 +103,17 @@ class Run:
             model, config, optimizers=[self.optimizer], sinks=[self.sink], **options
         )
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
         self.watcher.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.watcher.__exit__(*error)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.watcher.__exit__(kind, error, traceback)
 
     def step(self, times: int = 1) -> None:
         for _ in range(times):
@@ -171,9 +179,9 @@ def test_norms_are_measured_on_logged_steps_only():
     with Run(Detached(), PATIENT, every_n_steps=3) as run:
         run.step(2)
         run.model(batch()).backward()
-        weight = run.model.b.weight
-        assert isinstance(weight.grad, Tensor)
-        expected = weight.grad.norm().item()
+        gradient = run.model.get_parameter("b.weight").grad
+        assert gradient is not None
+        expected = gradient.norm().item()
         run.optimizer.zero_grad()
         run.step(4)
 
@@ -493,16 +501,17 @@ def test_healthy_model_without_traces_stays_silent():
 
 def test_healing_is_told_once(capsys: pytest.CaptureFixture[str]):
     """A diagnosis ends in the step in which a gradient arrives again, and that is said once."""
-    with Run(Fork("left", "right"), PATIENT) as run:
+    with Run(Fork("left", "right"), PATIENT, every_n_steps=5) as run:
         run.model.on = {"left"}  # type: ignore[assignment]
         run.step(2)
         run.model.on = {"left", "right"}  # type: ignore[assignment]
         run.step(3)
 
-    (diagnosis,) = run.watcher.diagnoses
-    assert (diagnosis.step, diagnosis.healed_at) == (0, 2)
-    assert [report.step for report in run.sink.reports] == [0, 2]
-    assert run.sink.reports[1].diagnoses == ()
+    told = [[(d.step, d.healed_at) for d in report.diagnoses] for report in run.sink.reports]
+    assert [report.step for report in run.sink.reports] == [0, 2, 4]
+    assert told == [[(0, None)], [(0, 2)], []]
+    assert [(d.step, d.healed_at) for d in run.watcher.diagnoses] == [(0, 2)]
+    assert capsys.readouterr().err.count("again since step 2") == 1
 
 
 def test_a_relapse_is_diagnosed_anew():
@@ -513,6 +522,25 @@ def test_a_relapse_is_diagnosed_anew():
             run.step()
 
     assert [(d.step, d.healed_at) for d in run.watcher.diagnoses] == [(0, 1), (3, None)]
+
+
+def test_a_diagnosis_heals_when_all_of_its_parameters_do():
+    """A diagnosis of two parameters holds as long as one of them gets no gradient."""
+    with Run(Fork("left", "right", "rest"), PATIENT) as run:
+        model, (weight, bias) = run.model, (nn.Parameter(torch.ones(2)) for _ in range(2))
+        cut = nn.ParameterList([weight, bias])
+        model.add_module("cut", cut)
+        run.optimizer.add_param_group({"params": [weight, bias]})
+        for parts in ((), (weight,), (weight, bias)):
+            with run.watcher.step():
+                loss = model(batch()) + (weight * bias).detach().sum()
+                (loss + sum(part.sum() for part in parts)).backward()
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+
+    (diagnosis,) = run.watcher.diagnoses
+    assert (diagnosis.cause, diagnosis.parameters) == (Cause.DETACHED, ("cut.0", "cut.1"))
+    assert (diagnosis.step, diagnosis.healed_at) == (0, 2)
 
 
 def test_gradient_emptied_before_the_step_is_cleared():
@@ -651,16 +679,17 @@ def test_stop_asks_the_loop_to_stop():
 def test_abort_comes_before_the_optimizer_writes():
     """``action: abort`` raises with the diagnosis in its text, and no weight has moved."""
     run = Run(Detached(), for_steps=3, action="abort")
+    before: dict[str, Tensor] = {}
     with (
         run,
         pytest.raises(DisconnectedParameterError, match=r"a rule ended the run[\s\S]*detached"),
     ):
         for _ in range(5):
-            before = copy.deepcopy(run.model.state_dict())
+            before.update(copy.deepcopy(run.model.state_dict()))
             run.step()
 
     after = run.model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(before[name], after[name]) for name in after)
     assert run.alerts == [(2, "disconnected", ("a.weight",))]
 
 
@@ -785,6 +814,28 @@ def test_log_dir_gets_tensorboard_files(tmp_path: Path):
     assert [(s.step, s.value) for s in scalars] == [(step, MISSING.code) for step in range(3)]
 
 
+def test_a_process_that_does_not_write_has_its_own_sinks_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """With ``writes=False``, as on other ranks, nothing is printed and no file is made."""
+    model, sink = Detached(), MemorySink()
+    optimizer = sgd(model)
+    config = PATIENT | {"log": {"jsonl": str(tmp_path / "reports.jsonl")}}
+    watcher = Watcher(model, config, log_dir=tmp_path / "runs", sinks=[sink])
+    watcher.begin([optimizer], writes=False)
+    watcher.begin_batch()
+    watcher.before_backward()
+    model(batch()).backward()
+    watcher.after_backward()
+    watcher.before_step(optimizer)
+    watcher.end_batch()
+    watcher.close()
+
+    assert [report.statuses for report in sink.reports] == [{"a.weight": MISSING, "b.weight": OK}]
+    assert capsys.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_written_without_being_asked(empty_folder: Path):
     """A run without ``log_dir`` and ``jsonl`` leaves no file."""
     with Run(Detached()) as run:
@@ -863,6 +914,14 @@ def test_an_optimizer_in_place_of_a_list_is_refused():
         Watcher(model, optimizers=sgd(model))  # type: ignore[arg-type]
 
 
+def test_a_step_outside_of_the_block_is_refused():
+    """``step()`` before ``with watcher:`` would watch nothing, and says so."""
+    watcher = Watcher(Healthy())
+
+    with pytest.raises(RuntimeError, match="inside of `with watcher:`"), watcher.step():
+        pass
+
+
 def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path):
     """A ``jsonl`` that is a folder is an error when the run begins."""
     config = Config.model_validate({"log": {"jsonl": str(tmp_path)}})
@@ -885,7 +944,10 @@ def test_a_watcher_that_was_closed_stays_silent():
 def test_an_exception_in_a_step_passes_through_with_a_note():
     """An error of the user's is the same error, with a note on its cause, and the run goes on."""
     with Run(Healthy(), PATIENT, every_n_steps=1) as run:
-        with pytest.raises(RuntimeError, match="does not require grad") as caught, run.watcher.step():
+        with (
+            pytest.raises(RuntimeError, match="does not require grad") as caught,
+            run.watcher.step(),
+        ):
             run.model(batch()).detach().backward()  # <- here
         run.step(2)
 
@@ -1096,3 +1158,19 @@ def test_diagnose_can_be_used_twice():
 
     assert diagnosis.report.statuses == {a("left"): OK, a("right"): OK}
     assert diagnosis.report.diagnoses == ()
+
+
+def test_diagnose_of_an_optimizer_step_takes_what_it_owned():
+    """Parameters that no optimizer inside wrote are judged at the end."""
+    model = Fork("left", "right")
+    optimizer = torch.optim.SGD(model.branches["left"].parameters(), 0.01)
+    with diagnose(model) as diagnosis:
+        model.on = {"left"}
+        model(batch()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.on = {"right"}
+        model(batch()).backward()
+
+    assert diagnosis.report.statuses == {a("left"): OK, a("right"): OK}
+    assert diagnosis.report.norms == pytest.approx({a("left"): 4 * 2**0.5, a("right"): 4 * 2**0.5})
