@@ -207,7 +207,7 @@ def _site(code: CodeType, instruction: int, module: str | None, caller: Site | N
     line = line or code.co_firstlineno
     file = code.co_filename
     if not file.startswith("<"):
-        file = os.path.abspath(file)  # noqa: PTH100
+        file = os.path.abspath(file)  # noqa: PTH100 -- `resolve` follows links
     text = linecache.getline(code.co_filename, line).rstrip("\n")
     last = (
         text if end_line in {None, line} else linecache.getline(code.co_filename, end_line or line)

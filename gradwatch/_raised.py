@@ -9,12 +9,15 @@ unknown one gets no note.
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from gradwatch import _frames, _source, _words, explain
 from gradwatch._calls import Kind
-from gradwatch.report import Site, Status
+from gradwatch.report import Diagnosis, Site, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,27 +28,64 @@ if TYPE_CHECKING:
     from gradwatch._record import Op, Write
     from gradwatch._trace import Trace
 
+_log = logging.getLogger("gradwatch")
 
-def add_note(error: Exception, inspection: Inspection, model: nn.Module) -> None:
+
+def add_note(
+    error: Exception,
+    inspection: Inspection | None,
+    model: nn.Module,
+    known: tuple[Diagnosis, ...],
+) -> None:
     """Add a note with the root cause's line and the way out to an error of the user's code.
 
     Args:
         error: The exception; it is not changed otherwise.
-        inspection: The stopped trace of the step that raised.
+        inspection: The stopped trace of the step that raised, None where it was not traced.
         model: The model whose classes are read for what was done before the step.
+        known: The diagnoses that hold.
     """
     if any("GradWatch" in note for note in getattr(error, "__notes__", ())):
         return
+    try:
+        note = _note(str(error), inspection, model, known)
+    except Exception as failure:  # noqa: BLE001 -- ours, never the user's problem
+        _log.warning("an error could not be explained", exc_info=failure)
+        return
+    if note:
+        error.add_note(f"GradWatch: {note}")
+
+
+def _note(
+    message: str,
+    inspection: Inspection | None,
+    model: nn.Module,
+    known: tuple[Diagnosis, ...],
+) -> str | None:
+    if "Expected to have finished reduction in the prior iteration" in message:
+        missing = [d for d in known if d.status is Status.MISSING]
+        said = [explain.render(diagnosis) for diagnosis in missing]
+        return "\n\n".join([_words.error_note("ddp", None), *said]) if missing else None
     for words, find in _KINDS:
-        if words in str(error):
-            try:
-                note = find(str(error), inspection, model)
-            except Exception as failure:  # noqa: BLE001 -- ours, never the user's problem
-                inspection.trace.give_up(failure)
-                return
-            if note:
-                error.add_note(f"GradWatch: {note}")
-            return
+        if words in message:
+            if inspection is not None:
+                return find(message, inspection, model)
+            kept = _kept_anywhere(model) if find is _twice else None
+            return _words.error_note("kept", *kept) if kept else _words.error_note("untraced", None)
+    return None
+
+
+def _kept_anywhere(model: nn.Module) -> tuple[str, str] | None:
+    """Return the statement that keeps a tensor with a history on a module, and the name it has there."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            items = value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(item, Tensor) and item.grad_fn is not None for item in items):
+                statements = _source.keepings(type(module), name)
+                if statements:
+                    full = f"{path}.{name}" if path else name
+                    return _statement(statements[0]), f" (`{full}`)"
+    return None
 
 
 def _no_history(message: str, inspection: Inspection, model: nn.Module) -> str | None:

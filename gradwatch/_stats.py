@@ -47,6 +47,7 @@ class Sensor:
         self._held: dict[int, tuple[weakref.ref[Tensor], int]] | None = None
         self._arrived: set[int] = set()
         self._latest: set[int] = set()
+        self._first: dict[int, weakref.ref[Tensor]] | None = None
 
     @property
     def arrived(self) -> frozenset[str]:
@@ -72,6 +73,8 @@ class Sensor:
             for position, gradient in enumerate([p.grad for p in self._parameters])
             if gradient is not None
         }
+        if self._first is None:
+            self._first = {position: ref for position, (ref, _) in self._held.items()}
 
     def after(self) -> None:
         """Add the parameters to which the pass gave a gradient to those of this step."""
@@ -96,11 +99,18 @@ class Sensor:
             for position, (name, parameter) in enumerate(
                 zip(self.names, self._parameters, strict=True)
             )
-            if (position not in arrived or parameter.grad is None) and parameter.requires_grad
+            if (parameter.grad is None or (position not in arrived and self._is_old(position)))
+            and parameter.requires_grad
         ]
+
+    def _is_old(self, position: int) -> bool:
+        """Tell whether a gradient is one that was there before, and not one assigned by hand."""
+        old = None if self._first is None else self._first.get(position)
+        return self._first is None or (old is not None and old() is self._parameters[position].grad)
 
     def restart(self, names: Collection[str]) -> None:
         """Begin a new step for the parameters of one optimizer."""
+        self._first = None
         if len(names) == len(self.names):
             self._arrived = set()
         else:

@@ -220,6 +220,14 @@ def output_of(operation: str, dtype: str) -> str:
 
 
 ERRORS = {
+    "ddp": (
+        "DDP waits for a gradient of every parameter, and some got none in an earlier step",
+        "mend what follows, or pass `find_unused_parameters=True`",
+    ),
+    "untraced": (
+        "this step was not traced, so that the line at the root is not known",
+        "run the step inside of `with gradwatch.diagnose(model):` to find it",
+    ),
     "all_frozen": (
         "every parameter has `requires_grad=False`, so the loss has no history",
         "leave `requires_grad` on for the parameters that should train",

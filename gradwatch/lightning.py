@@ -12,6 +12,7 @@ left in it count as a gradient.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterable, Mapping  # noqa: TC003 -- jsonargparse reads the annotations
 from pathlib import Path  # noqa: TC003 -- jsonargparse reads the annotations
 from typing import TYPE_CHECKING, Any
@@ -32,11 +33,18 @@ else:
     # classes. With both as bases, one class is a callback to either Trainer and either LightningCLI.
     def _callbacks() -> tuple[type, ...]:
         found = []
-        for name in ("pytorch_lightning", "lightning.pytorch"):
+        names = ("pytorch_lightning", "lightning.pytorch")
+        for name in sorted(names, key=lambda name: name not in sys.modules):
             try:
                 found.append(importlib.import_module(name).Callback)
             except ImportError:
                 continue
+            if len(found) == 1:
+                # Whichever copy is imported last takes Lightning's log over: the user's keeps it.
+                rank_zero = importlib.import_module("lightning_utilities.core.rank_zero")
+                log = rank_zero.log
+        if found:
+            rank_zero.log = log
         if not found:
             message = (
                 "GradWatch needs pytorch-lightning or lightning: pip install pytorch-lightning"
@@ -138,6 +146,7 @@ class GradWatch(_Bases):
                 trainer.optimizers,
                 loggers=trainer.loggers,
                 writes=trainer.is_global_zero,
+                scaler=getattr(trainer, "scaler", None),
                 every_n_steps=getattr(trainer, "log_every_n_steps", 50),  # set as an attribute only
             )
 

@@ -12,32 +12,34 @@ from __future__ import annotations
 
 import functools
 import logging
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 from gradwatch import explain
 from gradwatch._diagnose import Inspection, not_in_optimizer, undetermined
+from gradwatch._ledger import Facts, Ledger
 from gradwatch._names import Names, Owners, names_of
 from gradwatch._raised import add_note
-from gradwatch._stats import Sensor, is_lazy, measure
+from gradwatch._stats import Sensor, is_lazy
 from gradwatch.config import Config, load_config
 from gradwatch.errors import DisconnectedParameterError, GradientAlertError, GradWatchError
-from gradwatch.report import Action, Alert, Cause, Diagnosis, GradStats, Report, Status
+from gradwatch.report import Action, Alert, Diagnosis, Report, Status
 from gradwatch.rules import Judge, Observation, matches, worst
 from gradwatch.sinks.standard import standard_sinks
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from gradwatch.sinks import Sink
 
 MAX_TRACES = 10
 MAX_MICRO_BATCHES = 8
+MAX_HUNT = 5
+"""Steps traced in a row to catch a gradient that is not finite now and then."""
 
 _log = logging.getLogger("gradwatch")
 _P = ParamSpec("_P")
@@ -79,6 +81,7 @@ class Watcher:
         every_n_steps: Steps between measurements of norms; None takes the configuration's.
         for_steps: Steps without a gradient after which the rules over ``missing`` fire.
         action: What those rules then do: ``"log"``, ``"warn"``, ``"stop"``, or ``"abort"``.
+        scaler: The GradScaler, where there is one: single overflows are then no fault.
 
     Raises:
         ConfigError: The configuration cannot be used.
@@ -112,6 +115,7 @@ class Watcher:
         every_n_steps: int | None = None,
         for_steps: int | None = None,
         action: str | None = None,
+        scaler: Any = None,
     ) -> None:
         self.config = load_config(config).with_overrides(
             every_n_steps=every_n_steps, for_steps=for_steps, action=action
@@ -125,7 +129,7 @@ class Watcher:
         self._given_sinks = tuple(sinks)
         self._sinks: list[Sink] = []
         self._every = self.config.log.every_n_steps or 50
-        self._ledger = _Ledger()
+        self._ledger = Ledger()
         self._saved: Mapping[str, Any] = {}
         self._steps = 0
         self._batches = 0
@@ -136,6 +140,8 @@ class Watcher:
         self._traces = 0
         self._wanted: set[str] = {"missing"} if self.config.trace == "auto" else set()
         self._backwards = 0
+        self._hunt = 0
+        self._scaled = scaler is not None
         self._stepped = False
         self._written: set[str] = set()
         self._last: tuple[int, int] | None = None
@@ -233,6 +239,7 @@ class Watcher:
         loggers: Iterable[Any] = (),
         writes: bool = True,
         every_n_steps: int = 50,
+        scaler: Any = None,
     ) -> None:
         """Begin the run, once optimizers and loggers exist.
 
@@ -241,8 +248,10 @@ class Watcher:
             loggers: Loggers of the trainer that get what their kind can show.
             writes: Whether this process is the one that prints and writes.
             every_n_steps: Steps between measurements where the configuration does not say.
+            scaler: The GradScaler of the run, where there is one.
         """
         self._optimizers = tuple(optimizers)
+        self._scaled = self._scaled or scaler is not None
         self._every = self.config.log.every_n_steps or max(every_n_steps, 1)
         self._look_at_model()
         if writes:
@@ -338,12 +347,8 @@ class Watcher:
     def interrupted(self, error: BaseException) -> None:
         """Clean up after an exception of the user's, and add a note on its cause where one is known."""
         inspection = self._stop_inspection()
-        if (
-            inspection is not None
-            and isinstance(error, Exception)
-            and not isinstance(error, GradientAlertError)
-        ):
-            add_note(error, inspection, self._model)
+        if isinstance(error, Exception) and not isinstance(error, GradWatchError):
+            add_note(error, inspection, self._model, self._ledger.holding)
 
     def close(self) -> None:
         """End the run: nothing of GradWatch's is left on the model or in torch."""
@@ -394,6 +399,12 @@ class Watcher:
         return bool(self._backwards or seen)
 
     def _judged(self, covered: tuple[str, ...], position: int) -> Report | None:
+        """Return the report of a step, None where there is nothing to say."""
+        # What is computed here is no part of the user's program.
+        with nullcontext() if self._inspection is None else self._inspection.trace.paused():
+            return self._judged_aside(covered, position)
+
+    def _judged_aside(self, covered: tuple[str, ...], position: int) -> Report | None:
         logged = (self._batches + 1) % self._every == 0
         inspection = self._inspection
         facts = self._facts(covered, measured=logged or inspection is not None)
@@ -406,8 +417,9 @@ class Watcher:
             logged,
             facts.statuses if logged else {},
             facts.stats.norms if logged else {},
+            scaled=self._scaled,
         )
-        assert self._judge is not None  # noqa: S101
+        assert self._judge is not None  # noqa: S101 -- checked by the caller
         alerts = self._judge.observe(observation)
         healed = self._ledger.heal(covered, facts, self._steps, self._owners.orphans)
         found = self._diagnosed(covered, facts)
@@ -427,15 +439,17 @@ class Watcher:
             batch=self._batches,
         )
 
-    def _facts(self, covered: tuple[str, ...], *, measured: bool) -> _Facts:
+    def _facts(self, covered: tuple[str, ...], *, measured: bool) -> Facts:
         parameters = self._names.parameters
         chosen = frozenset(covered)
         absent = [name for name in self._sensor.missing() if name in chosen]
+        taken: frozenset[str] = frozenset()
         if self._inspection is not None:
+            taken = self._inspection.unseen
             emptied = self._inspection.cleared & chosen
             absent += [name for name in covered if name in emptied and name not in absent]
-        unseen = [name for name in absent if is_lazy(parameters[name])]
-        facts = _Facts(
+        unseen = [name for name in absent if name in taken or is_lazy(parameters[name])]
+        facts = Facts(
             missing=[name for name in absent if name not in unseen],
             frozen=[name for name in covered if not parameters[name].requires_grad],
             unseen=unseen,
@@ -444,7 +458,7 @@ class Watcher:
             facts.measure({name: parameters[name] for name in covered})
         return facts
 
-    def _diagnosed(self, covered: tuple[str, ...], facts: _Facts) -> bool:
+    def _diagnosed(self, covered: tuple[str, ...], facts: Facts) -> bool:
         """Add what this step shows to what is known; return whether it is news."""
         new = self._ledger.unknown(facts.bad, facts.statuses)
         meant = [name for name in new if self._needs_a_gradient(name)]
@@ -472,14 +486,23 @@ class Watcher:
         entry = None if self._judge is None else self._judge.contract_for(name)
         return entry is None or entry.gradient == "required"
 
-    def _plan(self, facts: _Facts) -> None:
+    def _plan(self, facts: Facts) -> None:
         """Trace the next step when something is wrong that has no diagnosis yet."""
         if self.config.trace == "never":
             return
         for name in self._ledger.unknown(facts.bad, facts.statuses):
-            if self._needs_a_gradient(name):
-                missing = facts.statuses[name] is Status.MISSING
-                self._wanted.add("missing" if missing else "sizes")
+            if not self._needs_a_gradient(name):
+                continue
+            if facts.statuses[name] is Status.NONFINITE:
+                self._hunt = MAX_HUNT
+            missing = facts.statuses[name] is Status.MISSING
+            self._wanted.add("missing" if missing else "sizes")
+        if self._hunt and any(d.status is Status.NONFINITE for d in self._ledger.holding):
+            self._hunt = 0  # caught
+        elif self._hunt:
+            # NaN often comes and goes: the next steps are traced until it comes again.
+            self._hunt -= 1
+            self._wanted.add("sizes")
 
     def _deliver(self, report: Report) -> None:
         self.report = report
@@ -501,103 +524,6 @@ class Watcher:
 def _has_closure(args: Any, kwargs: Mapping[str, Any]) -> bool:
     """Tell whether an optimizer's step was given a closure; the first argument is the optimizer."""
     return len(args) > 1 or kwargs.get("closure") is not None
-
-
-class _Facts:
-    """What is known of one step's gradients."""
-
-    def __init__(self, missing: list[str], frozen: list[str], unseen: list[str]) -> None:
-        self.missing, self.frozen, self.unseen = missing, frozen, unseen
-        self.stats = GradStats({})
-        self.measured = False
-        self.statuses: dict[str, Status] = dict.fromkeys(missing, Status.MISSING)
-        self.bad: list[str] = list(missing)
-
-    def measure(self, parameters: Mapping[str, Tensor]) -> None:
-        """Take the norms of the gradients that arrived."""
-        absent = {*self.missing, *self.frozen, *self.unseen}
-        gradients = {
-            name: parameter.grad
-            for name, parameter in parameters.items()
-            if name not in absent and parameter.grad is not None
-        }
-        self.stats = measure(gradients)
-        self.measured = True
-        self.statuses = self.complete(tuple(parameters))
-        self.bad = [
-            name
-            for name, status in self.statuses.items()
-            if status in {Status.MISSING, Status.ZERO, Status.NONFINITE}
-        ]
-
-    def complete(self, covered: Collection[str]) -> dict[str, Status]:
-        """Return the status of every covered parameter, in the model's order."""
-        known = (
-            dict.fromkeys(self.stats.zero, Status.ZERO)
-            | dict.fromkeys(self.stats.nonfinite, Status.NONFINITE)
-            | dict.fromkeys(self.frozen, Status.FROZEN)
-            | dict.fromkeys(self.missing, Status.MISSING)
-            | dict.fromkeys(self.unseen, Status.UNSEEN)
-        )
-        return {name: known.get(name, Status.OK) for name in covered}
-
-
-class _Ledger:
-    """Every diagnosis made, and which parameters they hold for."""
-
-    def __init__(self) -> None:
-        self._made: list[Diagnosis] = []
-        self._open: dict[str, tuple[Status, int]] = {}
-        self.knows_orphans = False
-
-    @property
-    def everything(self) -> tuple[Diagnosis, ...]:
-        return tuple(self._made)
-
-    @property
-    def holding(self) -> tuple[Diagnosis, ...]:
-        return tuple(d for d in self._made if d.healed_at is None)
-
-    def unknown(self, names: Iterable[str], statuses: Mapping[str, Status]) -> list[str]:
-        """Return those of the names whose status no diagnosis explains."""
-        return [
-            name
-            for name in names
-            if name not in self._open
-            or not (self._open[name][0] is statuses[name] or self._is_orphan(name))
-        ]
-
-    def _is_orphan(self, name: str) -> bool:
-        return self._made[self._open[name][1]].cause is Cause.NOT_IN_OPTIMIZER
-
-    def add(self, found: Iterable[Diagnosis]) -> None:
-        for diagnosis in found:
-            for name in diagnosis.parameters:
-                self._open[name] = (diagnosis.status, len(self._made))
-            self._made.append(diagnosis)
-
-    def heal(
-        self, covered: Collection[str], facts: _Facts, step: int, orphans: Collection[str]
-    ) -> tuple[Diagnosis, ...]:
-        """Close and return the diagnoses none of whose parameters shows its status any more."""
-        bad = set(facts.bad)
-        over = [
-            name
-            for name, (status, number) in self._open.items()
-            if name in covered
-            and (
-                name not in orphans
-                if self._made[number].cause is Cause.NOT_IN_OPTIMIZER
-                else name not in bad and (facts.measured or status is Status.MISSING)
-            )
-        ]
-        healed = []
-        for name in over:
-            _, number = self._open.pop(name)
-            if all(number != other for _, other in self._open.values()):
-                self._made[number] = replace(self._made[number], healed_at=step)
-                healed.append(self._made[number])
-        return tuple(healed)
 
 
 def _watched(names: Names, config: Config) -> Names:
@@ -683,7 +609,7 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
             if error is None:
                 self.report = self._reported(inspection)
             elif isinstance(error, Exception):
-                add_note(error, inspection, self._model)
+                add_note(error, inspection, self._model, ())
 
     @contextmanager
     def _harmless(self) -> Iterator[None]:
@@ -719,7 +645,7 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
         absent = {n for n in names if n not in have or self._names.parameters[n].grad is None}
         wants = {n for n in names if self._names.parameters[n].requires_grad}
         lazy = {n for n in absent if is_lazy(self._names.parameters[n])}
-        facts = _Facts(
+        facts = Facts(
             [n for n in names if n in absent & wants - lazy],
             [n for n in names if n not in wants],
             [n for n in names if n in lazy & wants],

@@ -198,7 +198,7 @@ class DetachInAHelper(Case):
 
 
 def stop(values):
-    return [value.detach() for value in (values,)][0]
+    return next(value.detach() for value in (values,))
 
 
 class TwoCutsOnOnePath(Case):
@@ -323,8 +323,8 @@ class TensorOfValues(Case):
 
     def forward(self, x):
         rows = [row.mean() for row in self.enc(x)]
-        rows = torch.tensor([row.detach() for row in rows])  # <- here
-        return (self.head(x).squeeze(1) * rows).mean()
+        weights = torch.tensor([row.detach() for row in rows])  # <- here
+        return (self.head(x).squeeze(1) * weights).mean()
 
 
 class BranchByValue(Case):

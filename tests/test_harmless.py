@@ -382,7 +382,7 @@ FAULTS = [
     "gradwatch.rules.Judge.observe",
     "gradwatch.sinks.console.ConsoleSink.write",
     "gradwatch.watcher.Inspection",
-    "gradwatch.watcher.measure",
+    "gradwatch._ledger.measure",
     "gradwatch.watcher.names_of",
     "gradwatch.watcher.standard_sinks",
 ]
@@ -460,7 +460,7 @@ def test_a_sink_that_fails_is_one_log_record(where: str, caplog: pytest.LogCaptu
 
 def test_after_a_failure_nothing_is_watched(monkeypatch: pytest.MonkeyPatch):
     """GradWatch switches itself off: no report comes after the failure."""
-    inject(monkeypatch, "gradwatch.watcher.measure")
+    inject(monkeypatch, "gradwatch._ledger.measure")
     sink = MemorySink()
     in_lightning(GradWatch(every_n_steps=1, for_steps=1, action="abort", sinks=[sink]))
 
@@ -476,7 +476,7 @@ def test_after_a_failure_nothing_is_watched(monkeypatch: pytest.MonkeyPatch):
         "gradwatch._diagnose.Inspection.start",
         "gradwatch._trace.Trace._begin",
         "gradwatch._trace.Trace._finish",
-        "gradwatch.watcher.measure",
+        "gradwatch._ledger.measure",
         "gradwatch.watcher.names_of",
     ],
 )
@@ -500,7 +500,7 @@ def test_a_failure_at_a_step_inside_of_diagnose_does_not_reach_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """A failure while an optimizer steps inside of ``diagnose`` lets it step, and the next one too."""
-    inject(monkeypatch, "gradwatch.watcher.measure")
+    inject(monkeypatch, "gradwatch._ledger.measure")
     weight = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], 1.0)
     with diagnose(nn.ParameterList([weight])) as diagnosis:

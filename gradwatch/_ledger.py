@@ -1,0 +1,117 @@
+"""What is known of one step's gradients, and what was said of all steps so far.
+
+What this room knows that no other does: how the sensor's answer and the norms become one status per
+parameter, which diagnoses still hold for which parameters, and when one has healed.
+
+Limits: zeros and non-finite values are known on measured steps only, and so is their healing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from gradwatch._stats import measure
+from gradwatch.report import Cause, Diagnosis, GradStats, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
+    from torch import Tensor
+
+
+class Facts:
+    """What is known of one step's gradients."""
+
+    def __init__(self, missing: list[str], frozen: list[str], unseen: list[str]) -> None:
+        self.missing, self.frozen, self.unseen = missing, frozen, unseen
+        self.stats = GradStats({})
+        self.measured = False
+        self.statuses: dict[str, Status] = dict.fromkeys(missing, Status.MISSING)
+        self.bad: list[str] = list(missing)
+
+    def measure(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take the norms of the gradients that arrived."""
+        absent = {*self.missing, *self.frozen, *self.unseen}
+        gradients = {
+            name: parameter.grad
+            for name, parameter in parameters.items()
+            if name not in absent and parameter.grad is not None
+        }
+        self.stats = measure(gradients)
+        self.measured = True
+        self.statuses = self.complete(tuple(parameters))
+        self.bad = [
+            name
+            for name, status in self.statuses.items()
+            if status in {Status.MISSING, Status.ZERO, Status.NONFINITE}
+        ]
+
+    def complete(self, covered: Collection[str]) -> dict[str, Status]:
+        """Return the status of every covered parameter, in the model's order."""
+        known = (
+            dict.fromkeys(self.stats.zero, Status.ZERO)
+            | dict.fromkeys(self.stats.nonfinite, Status.NONFINITE)
+            | dict.fromkeys(self.frozen, Status.FROZEN)
+            | dict.fromkeys(self.missing, Status.MISSING)
+            | dict.fromkeys(self.unseen, Status.UNSEEN)
+        )
+        return {name: known.get(name, Status.OK) for name in covered}
+
+
+class Ledger:
+    """Every diagnosis made, and which parameters they hold for."""
+
+    def __init__(self) -> None:
+        self._made: list[Diagnosis] = []
+        self._open: dict[str, tuple[Status, int]] = {}
+        self.knows_orphans = False
+
+    @property
+    def everything(self) -> tuple[Diagnosis, ...]:
+        return tuple(self._made)
+
+    @property
+    def holding(self) -> tuple[Diagnosis, ...]:
+        return tuple(d for d in self._made if d.healed_at is None)
+
+    def unknown(self, names: Iterable[str], statuses: Mapping[str, Status]) -> list[str]:
+        """Return those of the names whose status no diagnosis explains."""
+        return [
+            name
+            for name in names
+            if name not in self._open
+            or not (self._open[name][0] is statuses[name] or self._is_orphan(name))
+        ]
+
+    def _is_orphan(self, name: str) -> bool:
+        return self._made[self._open[name][1]].cause is Cause.NOT_IN_OPTIMIZER
+
+    def add(self, found: Iterable[Diagnosis]) -> None:
+        for diagnosis in found:
+            for name in diagnosis.parameters:
+                self._open[name] = (diagnosis.status, len(self._made))
+            self._made.append(diagnosis)
+
+    def heal(
+        self, covered: Collection[str], facts: Facts, step: int, orphans: Collection[str]
+    ) -> tuple[Diagnosis, ...]:
+        """Close and return the diagnoses none of whose parameters shows its status any more."""
+        bad = set(facts.bad)
+        over = [
+            name
+            for name, (status, number) in self._open.items()
+            if name in covered
+            and (
+                name not in orphans
+                if self._made[number].cause is Cause.NOT_IN_OPTIMIZER
+                else name not in bad and (facts.measured or status is Status.MISSING)
+            )
+        ]
+        healed = []
+        for name in over:
+            _, number = self._open.pop(name)
+            if all(number != other for _, other in self._open.values()):
+                self._made[number] = replace(self._made[number], healed_at=step)
+                healed.append(self._made[number])
+        return tuple(healed)
