@@ -308,6 +308,9 @@ class Inspection(BackwardListener):
         reads = [op for op in flow.reads.get(name, ()) if self._is_use(op, name)]
         if reads and name in flow.dropped:
             return self._at(Cause.NOT_IN_LOSS, flow.dropped[name])
+        hidden = self._hidden(name)
+        if hidden is not None:
+            return Finding(Cause.UNDETERMINED, notes=(hidden, _words.RULED_OUT))
         for look in (self._made_before, self._replaced):
             finding = look(name, flow)
             if finding is not None:
@@ -330,6 +333,15 @@ class Inspection(BackwardListener):
         if path and path in self._modules and path not in self.trace.modules_run:
             return (_words.did_not_run(path),)
         return (_words.ran_without_it(path),)
+
+    def _hidden(self, name: str) -> str | None:
+        """Return why a parameter may have been read where nothing could be seen."""
+        if self.trace.broken is not None:
+            return _words.TRACE_BROKE
+        path = name.rpartition(".")[0]
+        if path in self.trace.elsewhere:
+            return _words.on_another_thread(path)
+        return _words.INSIDE_TRANSFORMS if self.trace.opaque else None
 
     def _made_before(self, name: str, flow: Flow) -> Finding | None:
         """Look for an attribute that was computed from the parameter before the pass began."""
@@ -360,8 +372,10 @@ class Inspection(BackwardListener):
 
     def _stands_in(self, number: int, users: list[Op], parameter: Tensor) -> bool:
         """Tell whether a leaf of the same shape is a stand-in, and not just another model's."""
-        if users[0].func is not None and users[0].name.endswith("_"):
+        if users[0].name.endswith("_"):
             return True  # filled in this very pass: its module was made anew
+        if self.trace.values[number].producer is not None:
+            return False
         if users[0].module is not None:
             return True  # used by a module of this model
         ref = self.trace.values[number].alien

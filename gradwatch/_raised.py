@@ -117,7 +117,7 @@ def _overwritten(message: str, inspection: Inspection, model: nn.Module) -> str 
     del model
     trace = inspection.trace
     found = re.search(
-        r"\[(?:torch\.)?\S+ \[(.*?)\]\](?:, which is output \d+ of (\w+),)? is at version (\d+); "
+        r"\[(?:torch\.)?\S+ \[(.*?)\]\](?:, which is output \d+ of ([\w:]+),)? is at version (\d+); "
         r"expected version (\d+)",
         message,
     )

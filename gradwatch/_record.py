@@ -127,6 +127,10 @@ class Record:
     failed: tuple[Place | None, Any] | None = None
     """The call of the user's that raised, and its place."""
     in_backward: bool = False
+    elsewhere: set[str] = field(default_factory=set)
+    """Paths of modules that ran on another thread, which the mode does not see."""
+    opaque: bool = False
+    """Whether tensors were met that torch.func or the like wraps, and that cannot be followed."""
 
     def append_copy(self, inputs: tuple[int, ...], number: int, place: Place | None) -> None:
         """Note afterwards that a value was made from Python numbers."""
@@ -176,12 +180,14 @@ def version_of(tensor: Tensor) -> int:
         return 0
 
 
-def memory_of(tensor: Tensor) -> int:
-    """Return the address of the tensor's memory, or 0 where there is none to compare."""
+def memory_of(tensor: Tensor) -> int | None:
+    """Return the address of the tensor's memory, 0 where it has none yet, None where it cannot be told."""
     try:
         return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError, ValueError):
+    except ValueError:  # a lazy parameter
         return 0
+    except (RuntimeError, NotImplementedError):  # inside of torch.func, or a layout without memory
+        return None
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:

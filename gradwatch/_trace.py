@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
+import threading
 import weakref
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -144,6 +145,7 @@ class Trace(Record):
         self._fast_call: tuple[nn.Module, list[Tensor]] | None = None
         self._grad_off_depth: int | None = None
         self._was_recording = True
+        self._thread = threading.get_ident()
         self._mode = _Mode(self)
         self._inside = ExitStack()
         for name, tensor in parameters.items():
@@ -223,6 +225,10 @@ class Trace(Record):
 
     def _note_module(self, module: nn.Module, args: Any) -> None:
         path = self._paths.get(id(module))
+        if threading.get_ident() != self._thread:
+            if path is not None:
+                self.elsewhere.add(path)
+            return
         around = self._running[-1][0] if self._running else ""
         if path is not None:
             self.modules_run.add(path)
@@ -240,6 +246,8 @@ class Trace(Record):
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         del args
+        if threading.get_ident() != self._thread:
+            return
         fast = self._running.pop()[1] if self._running else False
         if not fast or self._fast_call is None:
             return
@@ -293,6 +301,7 @@ class Trace(Record):
         self.values.append(value)
         entry = self._known[id(tensor)] = _Entry(weakref.ref(tensor), number, version_of(tensor))
         memory = memory_of(tensor)
+        self.opaque = self.opaque or (memory is None and tensor.layout is torch.strided)
         if memory:
             self._storages.setdefault(memory, []).append(entry)
         return number
@@ -348,12 +357,14 @@ class Trace(Record):
         if alias is not None:
             place = self._wraps.get(id(tensor))
             op = self._append(nn.Parameter, Kind.REWRAP, (alias,), place)
-            return self._produce(tensor, op)
+            number = self._produce(tensor, op)
+            self.values[number].label = label_of(tensor) if tensor.requires_grad else None
+            return number
         return self._register(tensor, self._leaf(tensor))
 
     def _alias(self, tensor: Tensor) -> int | None:
         """Return the value over whose memory a leaf was put, where there is one."""
-        for entry in reversed(self._storages.get(memory_of(tensor), ())):
+        for entry in reversed(self._storages.get(memory_of(tensor) or 0, ())):
             # The memory of a dead tensor may have been given to a new one: only a leaf that wants a
             # gradient is taken for its heir.
             if entry.ref() is not None or tensor.requires_grad:
@@ -511,7 +522,7 @@ class Trace(Record):
             self._note_written_gradient(name, op)
         targets = [tensor]
         if op.kind not in {Kind.SEVER, Kind.SET_DATA}:  # those change one tensor, not the memory
-            for entry in self._storages.get(memory_of(tensor), ()):
+            for entry in self._storages.get(memory_of(tensor) or 0, ()):
                 alias = entry.ref()
                 if alias is not None and alias is not tensor:
                     targets.append(alias)

@@ -125,6 +125,7 @@ ONLY_WITHOUT_GRADIENT = (
 IN_THE_GRAPH = "the autograd graph of the loss leads to it, and no gradient arrived"
 NOT_IN_THE_GRAPH = "the autograd graph of the loss does not lead to it"
 COMPUTED_EARLIER = "the value was computed before this step, and is used in the parameter's place"
+INSIDE_TRANSFORMS = "values inside of `torch.func` transforms cannot be followed"
 NO_BACKWARD = "no backward pass ran in this step"
 NOT_TRACED = (
     "tracing is switched off; with `trace: auto` in the configuration the cause is looked for"
@@ -201,6 +202,11 @@ def no_other_use(count: int) -> str:
 def did_not_run(module: str) -> str:
     """Say that a module's forward was not called."""
     return f"module `{module}` did not run in this step"
+
+
+def on_another_thread(module: str) -> str:
+    """Say that a module ran where nothing could be seen."""
+    return f"module `{module}` ran on another thread, where operations are not seen"
 
 
 def ran_without_it(module: str) -> str:

@@ -644,11 +644,12 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
         have = inspection.received
         absent = {n for n in names if n not in have or self._names.parameters[n].grad is None}
         wants = {n for n in names if self._names.parameters[n].requires_grad}
-        lazy = {n for n in absent if is_lazy(self._names.parameters[n])}
+        taken = inspection.unseen
+        unseen = {n for n in absent if n in taken or is_lazy(self._names.parameters[n])}
         facts = Facts(
-            [n for n in names if n in absent & wants - lazy],
+            [n for n in names if n in absent & wants - unseen],
             [n for n in names if n not in wants],
-            [n for n in names if n in lazy & wants],
+            [n for n in names if n in unseen & wants],
         )
         facts.measure({n: self._names.parameters[n] for n in names})
         self._judged.update(facts.statuses)

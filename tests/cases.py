@@ -509,6 +509,291 @@ class AliasOfAnOldWeight(Case):
         return self.head(h).mean()
 
 
+# What Python does with values ------------------------------------------------------------------------
+
+
+class LoopOfPredictedLength(Case):
+    expect = {"left_torch": ("steps",)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        h = x
+        for _ in range(int(self.steps)):  # <- here
+            h = self.enc(h)
+        return self.head(h).mean()
+
+
+class LoopThatIsLeft(Case):
+    expect = {"left_torch": HEAD}
+
+    def forward(self, x):
+        h = x
+        for _ in range(3):
+            h = self.enc(h)
+            if self.head(h).mean() > 0:  # <- here
+                break
+        return h.mean()
+
+
+class ChosenByIndex(Case):
+    expect = {"left_torch": HEAD}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(3, 1), nn.Linear(3, 1)])
+
+    def forward(self, x):
+        h = self.enc(x)
+        expert = int(self.head(h).abs().mean()) % 2  # <- here
+        return sum(e(h).mean() for e in self.experts) + self.experts[expert](h).mean()
+
+
+class PassedToASubmodule(Case):
+    expect = {"left_torch": ENC}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.power = Power()
+
+    def forward(self, x):
+        exponent = self.enc(x).abs().mean().item()  # <- here
+        return self.power(self.head(x), exponent).mean()
+
+
+class Power(nn.Module):
+    def forward(self, x, exponent):
+        return x.abs() ** exponent
+
+
+class KeptInAClosure(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        factor = self.enc(x).mean().item()  # <- here
+
+        def scale(t):
+            return t * factor
+
+        return scale(self.head(x)).mean()
+
+
+MEMORY = {"scale": 1.0}
+
+
+class KeptInAGlobal(Case):
+    expect = {"left_torch": ENC}
+
+    def fill(self, x):
+        MEMORY["scale"] = self.enc(x).mean().item()  # <- here
+
+    def forward(self, x):
+        self.fill(x)
+        return (self.head(x) * MEMORY["scale"]).mean()
+
+
+class LossOfANumber(Case):
+    expect = {"left_torch": (*ENC, *HEAD)}
+
+    def forward(self, x):
+        number = self.head(self.enc(x)).mean().item()  # <- here
+        return torch.tensor(number, requires_grad=True)
+
+
+class ReturnedWithALog(Case):
+    """A number in the tuple beside the loss is a log entry, and no way to the loss."""
+
+    expect = {"not_in_loss": ENC}
+
+    def losses(self, x):
+        aux = self.enc(x).pow(2).mean()  # <- here
+        return self.head(x).mean(), {"aux": aux.item()}
+
+    def forward(self, x):
+        loss, self.logs = self.losses(x)
+        return loss / 2
+
+
+class NameUsedTwice(Case):
+    expect = {"not_in_loss": ENC}
+
+    def forward(self, x):
+        loss = self.enc(x).mean()  # <- here
+        loss = loss.item()
+        self.log = [loss]
+        loss = self.head(x).mean()
+        return loss * 2
+
+
+class ItemsOfOneDict(Case):
+    expect = {"not_in_loss": ENC}
+
+    def forward(self, x):
+        out = {"main": self.head(x)}
+        out["aux"] = self.enc(x).max().item()  # <- here
+        return F.softplus(out["main"]).mean()
+
+
+# Writes --------------------------------------------------------------------------------------------
+
+
+class WrittenUnderNoGrad(Case):
+    expect = {"no_grad": ENC}
+
+    def forward(self, x):
+        h = self.head(x) * 1
+        with torch.no_grad():
+            h.copy_(self.enc(x)[:, :1])  # <- here
+        return h.mean()
+
+
+class AssignedToData(Case):
+    expect = {"detached": ENC}
+
+    def forward(self, x):
+        self.head.weight.data = self.enc(x)[:1]  # <- here
+        return self.head(x).mean()
+
+
+class RegisteredAgain(Case):
+    expect = {"detached": ENC}
+
+    def forward(self, x):
+        other = nn.Linear(3, 1)
+        other.weight = nn.Parameter(self.enc(x)[:1])  # <- here
+        return (other(x) + self.head(x)).mean()
+
+
+class MadeAnew(Case):
+    expect = {"replaced": ENC}
+
+    def forward(self, x):
+        enc = nn.Linear(3, 3)  # <- here
+        return self.head(enc(x)).mean()
+
+
+# Flags, copies, and what was made before -----------------------------------------------------------
+
+
+class SwitchedOffWhileUsed(Case):
+    expect = {"frozen": ENC}
+
+    def forward(self, x):
+        self.enc.requires_grad_(False)  # <- here
+        loss = self.head(self.enc(x)).mean()
+        self.enc.requires_grad_(True)
+        return loss
+
+
+class CopiedOnly(Case):
+    """A parameter that was only copied, clamped or saved was not used."""
+
+    expect = {"unused": ENC}
+
+    def forward(self, x):
+        self.saved = self.state_dict()
+        self.ema = copy.deepcopy(self.enc)
+        self.enc.weight.data.clamp_(-1, 1)
+        return self.head(x).mean()
+
+
+class ComputedInInit(Case):
+    expect = {"detached": ("enc.weight",)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc = Frozen()
+
+    def forward(self, x):
+        return self.head(self.enc(x)).mean()
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(3))
+        self.kept = self.weight.exp().detach()
+
+    def forward(self, x):
+        return x @ self.kept
+
+
+class InsideAWorkingCheckpoint(Case):
+    expect = {"detached": ("inner.weight", "inner.bias")}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def block(self, h):
+        return h + self.inner(h).detach()  # <- here
+
+    def forward(self, x):
+        return self.head(checkpoint(self.block, self.enc(x), use_reentrant=True)).mean()
+
+
+class DeletedGradient(Case):
+    expect = {"cleared": ("enc.bias",)}
+
+    def forward(self, x):
+        return self.head(self.enc(x)).mean()
+
+    def backward(self, loss):
+        loss.backward()
+        del self.enc.bias.grad  # <- here
+
+
+# More that is healthy ------------------------------------------------------------------------------
+
+
+class ZeroedBetweenTwoPasses(Case):
+    def forward(self, x):
+        return self.head(self.enc(x)).mean()
+
+    def backward(self, loss):
+        loss.backward(retain_graph=True)
+        self.zero_grad()
+        loss.backward()
+
+
+class AssignedByHand(Case):
+    def forward(self, x):
+        return self.head(self.enc(x)).mean()
+
+    def backward(self, loss):
+        parameters = list(self.parameters())
+        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = grad
+
+
+class AccumulatedByHand(Case):
+    def forward(self, x):
+        return self.head(self.enc(x)).mean()
+
+    def backward(self, loss):
+        loss.backward()
+        total = [parameter.grad.clone() for parameter in self.parameters()]
+        self.zero_grad()
+        for parameter, grad in zip(self.parameters(), total, strict=True):
+            parameter.grad = grad * 2
+
+
+class HalfStepped(Case):
+    """An optimizer that steps before another's backward does not take its gradients away."""
+
+    def forward(self, x):
+        return self.enc(x).mean(), self.head(x).mean()
+
+    def backward(self, loss):
+        for module, part in zip((self.enc, self.head), loss, strict=True):
+            optimizer = torch.optim.SGD(module.parameters(), 0.1)
+            part.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def all_cases() -> list[type[Case]]:
     """Return every case in this file, in its order."""
     return [

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import threading
 
 import pytest
 import torch
+import torch.utils.checkpoint
+from torch import nn
 
-from gradwatch import Status, diagnose
+from gradwatch import Cause, Status, diagnose
+from gradwatch.report import Severity
 from tests import cases
 
 
@@ -43,3 +47,307 @@ def test_every_case_gets_its_cause_parameters_and_line(case):
         assert [line] == [d.site.line for d in report.diagnoses]
     if case.label is not None:
         assert any(case.label in note for d in report.diagnoses for note in d.notes)
+
+
+class Origin(nn.Module):
+    """An encoder whose gradient goes wrong at the marked line, and a head that is well."""
+
+    status = Status.ZERO
+
+    def __init__(self):
+        super().__init__()
+        self.enc = nn.Linear(3, 3)
+        self.head = nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.head(x).mean() + self.part(self.enc(x))
+
+
+class DeadRelu(Origin):
+    def part(self, h):
+        return torch.relu(h - 100).mean()  # <- here
+
+
+class Saturated(Origin):
+    def part(self, h):
+        return h.clamp(90, 100).mean()  # <- here
+
+
+class Rounded(Origin):
+    def part(self, h):
+        return (h * 2).round().mean()  # <- here
+
+
+class Sign(Origin):
+    def part(self, h):
+        return torch.sign(h).mean()  # <- here
+
+
+class Floored(Origin):
+    def part(self, h):
+        return h.floor().mean()  # <- here
+
+
+class TimesZero(Origin):
+    def part(self, h):
+        return 0.0 * h.mean()  # <- here
+
+
+class Masked(Origin):
+    def part(self, h):
+        return (h.exp() * torch.zeros(4, 3)).sum()  # <- here
+
+
+class Overwritten(Origin):
+    def part(self, h):
+        h = h * 2
+        h[:] = 1.0  # <- here
+        return h.mean()
+
+
+class EmptySelection(Origin):
+    def part(self, h):
+        return h[h > 1e6].sum()  # <- here
+
+
+class NotFinite(Origin):
+    status = Status.NONFINITE
+
+
+class RootOfZero(NotFinite):
+    def part(self, h):
+        return (h * 0).sqrt().sum()  # <- here
+
+
+class NormOfZero(NotFinite):
+    def part(self, h):
+        return (h - h.detach()).pow(2).sum(1).sqrt().sum()  # <- here
+
+
+class LogOfZero(NotFinite):
+    def part(self, h):
+        return (h * 0).log().sum()  # <- here
+
+
+class ZeroByZeroBehindWhere(NotFinite):
+    def part(self, h):
+        zero = h - h.detach()
+        ratio = zero / zero.abs()  # <- here
+        return torch.where(zero > 0, ratio, zero).sum()
+
+
+class RowMaskedCompletely(NotFinite):
+    def part(self, h):
+        scores = h.masked_fill(torch.ones(4, 3, dtype=torch.bool), float("-inf"))
+        weights = scores.softmax(1) * h  # <- here
+        return weights.nan_to_num(0).sum()
+
+
+class DividedByACountOfZero(NotFinite):
+    def part(self, h):
+        return (h * 0).sum() / torch.zeros(())  # <- here
+
+
+ORIGINS = [
+    value
+    for value in globals().values()
+    if isinstance(value, type) and issubclass(value, Origin) and hasattr(value, "part")
+]
+
+
+@pytest.mark.parametrize("case", ORIGINS, ids=lambda case: case.__name__)
+def test_a_zero_or_a_nan_is_traced_to_the_expression_that_made_it(case):
+    """The status is right, and the site is the forward expression whose backward made it so."""
+    torch.manual_seed(0)
+    model = case()
+
+    with diagnose(model) as diagnosis:
+        model(torch.randn(4, 3)).backward()
+
+    zero = case.status is Status.ZERO
+    (found,) = diagnosis.report.diagnoses
+    assert list(diagnosis.report.statuses.values()) == [case.status] * 2 + [Status.OK] * 2
+    assert found.cause is (Cause.ZERO_GRADIENT if zero else Cause.NONFINITE_GRADIENT)
+    assert found.severity is (Severity.NOTE if zero else Severity.WARNING)
+    assert found.parameters == ("enc.weight", "enc.bias")
+    assert found.site is not None
+    assert found.site.line == guilty_line(case)
+
+
+class InsideACheckpoint(Origin):
+    status = Status.NONFINITE
+
+    def forward(self, x):
+        part = torch.utils.checkpoint.checkpoint(self.part, x, use_reentrant=True)  # <- here
+        return self.head(x.detach()).mean() + part
+
+    def part(self, x):
+        return (self.enc(x) * 0).sqrt().sum()
+
+
+def test_what_goes_wrong_inside_of_a_reentrant_checkpoint_is_the_checkpoints():
+    """The graph that a checkpoint runs in backward is never seen: its call is the site."""
+    model = InsideACheckpoint()
+
+    with diagnose(model) as diagnosis:
+        model(torch.randn(4, 3).requires_grad_()).backward()
+
+    (found,) = diagnosis.report.diagnoses
+    assert (found.cause, found.site.line) == (
+        Cause.NONFINITE_GRADIENT,
+        guilty_line(InsideACheckpoint),
+    )
+
+
+def test_a_gradient_zeroed_by_hand_is_traced_to_that_statement():
+    """A hook-free `p.grad.mul_(0)` after backward is the origin of the zeros."""
+    model = nn.Linear(3, 1)
+
+    with diagnose(model) as diagnosis:
+        model(torch.ones(2, 3)).mean().backward()
+        model.weight.grad.mul_(0)
+        line = inspect.currentframe().f_lineno - 1
+
+    (found,) = diagnosis.report.diagnoses
+    assert (found.cause, found.parameters, found.site.line) == (
+        Cause.ZERO_GRADIENT,
+        ("weight",),
+        line,
+    )
+
+
+def test_diagnoses_are_grouped_and_the_costliest_comes_first():
+    """One diagnosis per cause and site holds all its parameters; the one with most elements leads."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.small, self.large = (
+                nn.Linear(3, 3),
+                nn.Sequential(nn.Linear(3, 50), nn.Linear(50, 3)),
+            )
+            self.head = nn.Linear(3, 1)
+
+        def forward(self, x):
+            a = self.small(x).detach()
+            b = self.large(x).detach()
+            return self.head(a + b).mean()
+
+    model = Model()
+    with diagnose(model) as diagnosis:
+        model(torch.ones(2, 3)).backward()
+
+    assert [d.parameters for d in diagnosis.report.diagnoses] == [
+        ("large.0.weight", "large.0.bias", "large.1.weight", "large.1.bias"),
+        ("small.weight", "small.bias"),
+    ]
+
+
+def test_several_cuts_are_one_diagnosis_with_the_others_as_notes():
+    """The cut whose value joins the loss last is named, and the other is a note."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc, self.head = nn.Linear(3, 3), nn.Linear(3, 1)
+
+        def forward(self, x):
+            h = self.enc(x)
+            constant = h.argmax(1).float().mean()
+            return self.head(h.detach()).mean() + constant
+
+    model = Model()
+    with diagnose(model) as diagnosis:
+        model(torch.ones(2, 3)).backward()
+
+    (found,) = diagnosis.report.diagnoses
+    assert found.cause is Cause.NON_DIFFERENTIABLE
+    assert any("detached" in note for note in found.notes)
+
+
+def test_a_module_that_ran_on_another_thread_is_undetermined():
+    """Operations of another thread are not seen, and no cause is made up for them."""
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 1)})
+    x, seen = torch.ones(2, 3), []
+
+    def work():
+        with torch.no_grad():
+            seen.append(model["a"](x))
+
+    with diagnose(model) as diagnosis:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        model["b"](seen[0]).mean().backward()
+
+    (found,) = diagnosis.report.diagnoses
+    assert (found.cause, found.parameters) == (Cause.UNDETERMINED, ("a.weight", "a.bias"))
+    assert found.notes[0] == "module `a` ran on another thread, where operations are not seen"
+
+
+def test_values_inside_of_functorch_are_undetermined():
+    """What `torch.func` wraps cannot be followed, and no cause is made up for it."""
+    model = nn.ModuleDict({"a": nn.Linear(3, 1), "b": nn.Linear(3, 1)})
+    copies = {name: p.detach() for name, p in model["a"].named_parameters()}
+    x = torch.ones(2, 3)
+
+    def loss(parameters):
+        return torch.func.functional_call(model["a"], parameters, (x,)).sum()
+
+    with diagnose(model) as diagnosis:
+        slopes = torch.func.grad(loss)(copies)
+        (model["b"](x).mean() + slopes["bias"].sum()).backward()
+
+    (found,) = diagnosis.report.diagnoses
+    assert (found.cause, found.parameters) == (Cause.UNDETERMINED, ("a.weight", "a.bias"))
+
+
+def test_gradients_taken_by_an_optimizer_in_backward_are_unseen():
+    """An optimizer that steps inside of backward leaves nothing to judge, which is no fault."""
+    model = nn.Linear(3, 1)
+    optimizers = {p: torch.optim.SGD([p], 0.1) for p in model.parameters()}
+
+    def step(parameter):
+        optimizers[parameter].step()
+        parameter.grad = None
+
+    handles = [p.register_post_accumulate_grad_hook(step) for p in model.parameters()]
+    with diagnose(model) as diagnosis:
+        model(torch.ones(2, 3)).mean().backward()
+    for handle in handles:
+        handle.remove()
+
+    assert list(diagnosis.report.statuses.values()) == [Status.UNSEEN] * 2
+    assert diagnosis.report.diagnoses == ()
+
+
+def test_a_library_between_is_shown_with_the_users_own_line(tmp_path, monkeypatch):
+    """A cut inside of an installed package has the user's line as its caller."""
+    package = tmp_path / "site-packages" / "somelib.py"
+    package.parent.mkdir()
+    package.write_text("def encode(layer, x):\n    return layer(x).detach()\n")
+    monkeypatch.syspath_prepend(str(package.parent))
+    import somelib
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    with diagnose(model) as diagnosis:
+        h = somelib.encode(model[0], torch.ones(2, 3))
+        line = inspect.currentframe().f_lineno - 1
+        model[1](h).mean().backward()
+
+    (found,) = diagnosis.report.diagnoses
+    assert (found.site.file, found.site.line) == (str(package), 2)
+    assert (found.site.caller.file, found.site.caller.line) == (__file__, line)
+
+
+def test_code_typed_into_exec_has_a_line_and_no_snippet():
+    """Code without a file is named as Python names it, and nothing crashes."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    text = "h = model[0](x).detach()\nloss = model[1](h).mean()\nloss.backward()"
+
+    with diagnose(model) as diagnosis:
+        exec(text, {"model": model, "x": torch.ones(2, 3)})  # noqa: S102 -- what is tested
+
+    (found,) = diagnosis.report.diagnoses
+    assert (found.cause, found.site.file, found.site.line) == (Cause.DETACHED, "<string>", 1)
+    assert found.site.source is None
