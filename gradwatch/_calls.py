@@ -187,22 +187,22 @@ class Wrapper(Enum):
 # Code objects rather than names: a user's own function called `forward` is none of these.
 _CHECKPOINT: CodeType = CheckpointFunction.forward.__code__
 _DEEPCOPY: CodeType = copy.deepcopy.__code__
-_FORWARDS: dict[CodeType, bool] = {}
+_FORWARDS: dict[int, tuple[bool, CodeType]] = {}  # see NOTE [Codes by id]
 
 
 def _is_function_forward(code: CodeType) -> bool:
     """Tell whether the code is the ``forward`` of a ``torch.autograd.Function``."""
-    known = _FORWARDS.get(code)
+    known = _FORWARDS.get(id(code))
     if known is None:
         todo: list[type] = [torch.autograd.Function]
         while todo:
             cls = todo.pop()
             found = getattr(cls.__dict__.get("forward"), "__func__", None)
             if found is not None and hasattr(found, "__code__"):
-                _FORWARDS[found.__code__] = True
+                _FORWARDS[id(found.__code__)] = (True, found.__code__)
             todo.extend(cls.__subclasses__())
-        known = _FORWARDS.setdefault(code, False)
-    return known
+        known = _FORWARDS.setdefault(id(code), (False, code))
+    return known[0]
 
 
 def find_wrapper(

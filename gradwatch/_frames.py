@@ -46,10 +46,13 @@ class Place(NamedTuple):
     """Whether Lightning ran the operation on its own account: a log entry, a scaled loss."""
 
 
-_OWNERS: dict[CodeType, Owner] = {}
+# NOTE [Codes by id] Python hashes the whole content of a code object at every look-up, which costs
+# microseconds: they are looked up by `id`, and kept in the value so that no other takes its place.
+_OWNERS: dict[int, tuple[Owner, CodeType]] = {}
 _BY_FILE: dict[str, Owner] = {}
 _DISPATCHERS = tuple(f"{os.sep}torch{os.sep}{name}" for name in ("overrides.py", "_tensor.py"))
-_OPTIMIZERS: dict[CodeType, bool] = {}
+_PLACES: dict[tuple[int, int, bool], Place] = {}
+_OPTIMIZERS: dict[int, tuple[bool, CodeType]] = {}
 
 
 def _folder(package: str) -> str | None:
@@ -99,14 +102,15 @@ def _owner_of_file(name: str) -> Owner:
 
 def owner(code: CodeType) -> Owner:
     """Return who wrote a code object."""
-    known = _OWNERS.get(code)
-    if known is None:
-        name = code.co_filename
-        known = _BY_FILE.get(name)
-        if known is None:
-            known = _BY_FILE[name] = _owner_of_file(name)
-        _OWNERS[code] = known
-    return known
+    known = _OWNERS.get(id(code))
+    if known is not None:
+        return known[0]
+    name = code.co_filename
+    whose = _BY_FILE.get(name)
+    if whose is None:
+        whose = _BY_FILE[name] = _owner_of_file(name)
+    _OWNERS[id(code)] = (whose, code)
+    return whose
 
 
 def here(frame: FrameType | None) -> Place | None:
@@ -118,9 +122,15 @@ def here(frame: FrameType | None) -> Place | None:
     known = _OWNERS
     by_trainer = False
     while frame is not None:
-        whose = known.get(frame.f_code) or owner(frame.f_code)
+        code = frame.f_code
+        found = known.get(id(code))
+        whose = owner(code) if found is None else found[0]
         if whose is Owner.USER:
-            return Place(frame.f_code, frame.f_lasti, None, by_trainer)
+            key = (id(code), frame.f_lasti, by_trainer)
+            place = _PLACES.get(key)
+            if place is None:
+                place = _PLACES[key] = Place(code, frame.f_lasti, None, by_trainer)
+            return place
         if whose is Owner.LIBRARY:
             caller = _user_above(frame.f_back)
             return Place(frame.f_code, frame.f_lasti, caller, by_trainer)
@@ -187,10 +197,11 @@ def is_distribution(code: CodeType) -> bool:
 
 def is_optimizer(code: CodeType) -> bool:
     """Tell whether the code belongs to one of torch's optimizers."""
-    known = _OPTIMIZERS.get(code)
+    known = _OPTIMIZERS.get(id(code))
     if known is None:
-        known = _OPTIMIZERS[code] = f"{os.sep}torch{os.sep}optim{os.sep}" in code.co_filename
-    return known
+        inside = f"{os.sep}torch{os.sep}optim{os.sep}" in code.co_filename
+        known = _OPTIMIZERS[id(code)] = (inside, code)
+    return known[0]
 
 
 def site_of(place: Place | None, module: str | None = None) -> Site | None:

@@ -9,6 +9,7 @@ Limits: tensors are found in nested lists, tuples and dicts, not inside objects 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,14 +24,13 @@ if TYPE_CHECKING:
     from gradwatch._frames import Place
 
 
-@dataclass(slots=True)
+# NOTE [Cheap records] One value and one operation are made for every call of a traced step: most facts
+# are rare, and stay defaults of the class until they are set.
+
+
 class Value:
     """A tensor's content between two writes."""
 
-    producer: int | None = None
-    """Number of the operation that made it; None for what was there before."""
-    tracked: bool = False
-    """Whether it had a ``grad_fn``, or wanted a gradient as a leaf, when it was last looked at."""
     parameter: str | None = None
     """Name of the parameter whose content it is."""
     attribute: tuple[str, str] | None = None
@@ -40,20 +40,18 @@ class Value:
     alien: weakref.ref[Tensor] | None = None
     """That leaf."""
 
+    def __init__(self, producer: int | None = None, tracked: bool = False) -> None:  # noqa: FBT001, FBT002
+        self.producer = producer
+        """Number of the operation that made it; None for what was there before."""
+        self.settled = tracked
+        """Whether nothing about it can change any more: the result of an operation that is tracked."""
+        self.tracked = tracked
+        """Whether it had a ``grad_fn``, or wanted a gradient as a leaf, when it was last looked at."""
 
-@dataclass(slots=True)
+
 class Op:
     """One call, with the numbers of the values it read and made."""
 
-    index: int
-    func: Any
-    kind: Kind
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    place: Place | None
-    module: str | None
-    """Path of the innermost module of the user's own that was running; None for one not in the model."""
-    grad_mode: bool
     wrapper: Wrapper | None = None
     inner: Place | None = None
     """Where it ran, when ``place`` is where the user called its wrapper."""
@@ -61,13 +59,33 @@ class Op:
     """The call of the checkpoint that it ran in, where that is one that works."""
     stack: tuple[tuple[Any, int], ...] = ()
     """The user's frames, the innermost first: for an exit, and for what a Python value may have come to."""
-    kept: dict[int, int] = field(default_factory=dict)
+    kept: Mapping[int, int] = MappingProxyType({})
     """For a write: per value it made, the one that the same tensor had before."""
     plain: frozenset[int | str] | None = frozenset()
     """Positions and keywords of arguments that a Python value may have come through; None where
     arguments and text do not correspond."""
     arity: int = 0
     """How many positional arguments it had."""
+
+    def __init__(  # noqa: PLR0917 -- keywords cost, see above
+        self,
+        index: int,
+        func: Any,
+        kind: Kind,
+        inputs: tuple[int, ...],
+        place: Place | None,
+        module: str | None = "",
+        grad_mode: bool = True,  # noqa: FBT001, FBT002
+    ) -> None:
+        self.index = index
+        self.func = func
+        self.kind = kind
+        self.inputs = inputs
+        self.outputs: tuple[int, ...] = ()
+        self.place = place
+        self.module = module
+        """Path of the innermost module of the user's own that was running; None for a foreign one."""
+        self.grad_mode = grad_mode
 
     @property
     def name(self) -> str:
@@ -134,7 +152,8 @@ class Record:
 
     def append_copy(self, inputs: tuple[int, ...], number: int, place: Place | None) -> None:
         """Note afterwards that a value was made from Python numbers."""
-        op = Op(len(self.ops), torch.tensor, Kind.COPY_VALUES, inputs, (number,), place, "", True)
+        op = Op(len(self.ops), torch.tensor, Kind.COPY_VALUES, inputs, place)
+        op.outputs = (number,)
         self.ops.append(op)
         self.values[number].producer = op.index
 

@@ -16,14 +16,15 @@ threads is not seen; a value that passes through a Python number is followed by 
 
 from __future__ import annotations
 
-import itertools
 import logging
 import sys
 import threading
 import weakref
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import compress, count
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ from gradwatch._record import (
     version_of,
 )
 
-_traces = itertools.count()
+_traces = count()
 _eager = 0
 _stance = ExitStack()
 _log = logging.getLogger("gradwatch")
@@ -80,17 +81,21 @@ class _Entry:
     version: int
 
 
-@dataclass(slots=True)
 class _Call:
     """A call between its beginning and its end."""
 
-    func: Any
-    traits: Traits
-    args: tuple[Any, ...]
-    read: list[Tensor]
-    numbers: list[int]
     node: str | None = None
     plain: frozenset[int | str] | None = None
+
+    def __init__(
+        self,
+        func: Any,
+        traits: Traits,
+        args: tuple[Any, ...],
+        read: list[Tensor],
+    ) -> None:
+        self.func, self.traits, self.args, self.read = func, traits, args, read
+        self.numbers: list[int] = []
 
 
 class BackwardListener:
@@ -146,10 +151,12 @@ class Trace(Record):
         self._grad_off_depth: int | None = None
         self._was_recording = True
         self._thread = threading.get_ident()
+        self._closures = 0
         self._mode = _Mode(self)
         self._inside = ExitStack()
         for name, tensor in parameters.items():
-            self._register(tensor, Value(None, tensor.requires_grad, name))
+            number = self._register(tensor, Value(None, tensor.requires_grad))
+            self.values[number].parameter, self.values[number].settled = name, False
         for path, module in modules.items():
             self._know_attributes(path, module)
 
@@ -211,9 +218,10 @@ class Trace(Record):
 
     @staticmethod
     def _leaf(tensor: Tensor) -> Value:
-        wants = tensor.requires_grad
-        alien = weakref.ref(tensor) if wants else None
-        return Value(tracked=wants, label=label_of(tensor) if wants else None, alien=alien)
+        value = Value(tracked=tensor.requires_grad)
+        if value.tracked:
+            value.label, value.alien = label_of(tensor), weakref.ref(tensor)
+        return value
 
     # Modules and optimizers ---------------------------------------------------------------------
 
@@ -255,8 +263,8 @@ class Trace(Record):
         try:
             if self.recording:
                 read.extend(inner.parameters())
-                numbers = [self._read(tensor) for tensor in read]
-                call = _Call(type(module).forward, Traits(), (), read, numbers)
+                call = _Call(type(module).forward, Traits(), (), read)
+                self._number(call)
                 self._finish(call, output, sys._getframe(1))
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
@@ -264,13 +272,16 @@ class Trace(Record):
 
     def _note_registration(self, module: nn.Module, name: str, parameter: Any) -> None:
         del module, name
-        if self.recording and isinstance(parameter, Tensor) and id(parameter) not in self._known:
+        entry = self._known.get(id(parameter))
+        is_new = entry is None or entry.ref() is not parameter
+        if self.recording and isinstance(parameter, Tensor) and is_new:
             self._wraps[id(parameter)] = _frames.here(sys._getframe(1))
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if len(args) > 1 or kwargs.get("closure") is not None:
             # The closure runs forward and backward inside of the step; what the optimizer does
             # around it is told by its frames (``called``).
+            self._closures += 1
             return
         written = frozenset(
             self._names[id(tensor)]
@@ -286,7 +297,9 @@ class Trace(Record):
             self.give_up(error)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if not (len(args) > 1 or kwargs.get("closure") is not None):
+        if len(args) > 1 or kwargs.get("closure") is not None:
+            self._closures -= 1
+        else:
             self.recording = self._was_recording and self.broken is None
         for group in optimizer.param_groups:
             for tensor in group["params"]:
@@ -299,11 +312,19 @@ class Trace(Record):
     def _register(self, tensor: Tensor, value: Value) -> int:
         number = len(self.values)
         self.values.append(value)
-        entry = self._known[id(tensor)] = _Entry(weakref.ref(tensor), number, version_of(tensor))
-        memory = memory_of(tensor)
-        self.opaque = self.opaque or (memory is None and tensor.layout is torch.strided)
+        try:
+            version = tensor._version
+            memory: int | None = tensor.untyped_storage().data_ptr()
+        except (RuntimeError, NotImplementedError, ValueError):  # rare kinds of tensors
+            version, memory = version_of(tensor), memory_of(tensor)
+            self.opaque = self.opaque or (memory is None and tensor.layout is torch.strided)
+        entry = self._known[id(tensor)] = _Entry(weakref.ref(tensor), number, version)
         if memory:
-            self._storages.setdefault(memory, []).append(entry)
+            sharing = self._storages.get(memory)
+            if sharing is None:
+                self._storages[memory] = [entry]
+            else:
+                sharing.append(entry)
         return number
 
     def _read(self, tensor: Tensor) -> int:
@@ -395,7 +416,7 @@ class Trace(Record):
         if node is not None:
             node.metadata[self.tag] = op.index
         number = self._register(tensor, Value(op.index, node is not None))
-        op.outputs = (*op.outputs, number)
+        op.outputs = (*op.outputs, number) if op.outputs else (number,)
         return number
 
     # Operations -----------------------------------------------------------------------------------
@@ -403,15 +424,21 @@ class Trace(Record):
     def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the user's program, and note what it read and made."""
         traits = traits_of(func)
-        if traits.kind is Kind.IGNORED:
+        kind = traits.kind
+        if kind is Kind.IGNORED:
             return func(*args, **kwargs)
         frame = sys._getframe(2)
-        if _frames.is_optimizer(frame.f_code) and frame.f_code.co_name != "zero_grad":
+        if self._closures and _frames.is_optimizer(frame.f_code):
             return func(*args, **kwargs)
-        if traits.kind in {Kind.BACKWARD, Kind.GRAD}:
+        if kind is Kind.BACKWARD or kind is Kind.GRAD:
             return self._backward(func, traits, args, kwargs)
+        simple = kind is Kind.PLAIN and not traits.writes and not self._exited
         try:
-            call = self._begin(func, traits, args, kwargs)
+            call = _Call(func, traits, args, read_by(args, kwargs))
+            if simple:
+                self._number(call)
+            else:
+                self._begin(call, kwargs)
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
             return func(*args, **kwargs)
@@ -421,46 +448,98 @@ class Trace(Record):
             self.failed = (_frames.here(frame), func)
             raise
         try:
-            self._finish(call, result, frame)
+            if not (simple and self._finish_simple(call, result, frame)):
+                self._finish(call, result, frame)
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
         return result
 
-    def _begin(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: Any) -> _Call:
-        if traits.kind is Kind.SET_MODE:
+    # NOTE [Hot path] Most calls read tensors and make one new one. For them ``_number`` and
+    # ``_finish_simple`` do in two pieces what ``_begin``, ``_finish``, ``_append``, ``_produce`` and
+    # ``_register`` do in many: a call of a Python function costs as much as the rest of the work.
+
+    def _number(self, call: _Call) -> None:
+        known, values, numbers = self._known, self.values, call.numbers
+        for tensor in call.read:
+            entry = known.get(id(tensor))
+            if entry is not None and entry.ref() is tensor and values[entry.value].settled:
+                numbers.append(entry.value)
+            else:
+                numbers.append(self._read(tensor))
+
+    def _finish_simple(self, call: _Call, result: Any, frame: Any) -> bool:
+        """Note an operation that made one new tensor, with gradients on; return whether it did."""
+        if not isinstance(result, Tensor) or not torch.is_grad_enabled():
+            return False
+        for tensor in call.read:
+            if tensor is result:
+                return False
+        node: Any = result.grad_fn
+        try:
+            version, memory = result._version, result.untyped_storage().data_ptr()
+        except (RuntimeError, NotImplementedError, ValueError):  # rare kinds of tensors
+            return False
+        index, number = len(self.ops), len(self.values)
+        op = Op(
+            index,
+            call.func,
+            Kind.PLAIN,
+            tuple(call.numbers),
+            _frames.here(frame),
+            self._running[-1][0] if self._running else "",
+        )
+        op.outputs = (number,)
+        self.ops.append(op)
+        if node is not None:
+            node.metadata[self.tag] = index
+        self.values.append(Value(index, node is not None))
+        entry = self._known[id(result)] = _Entry(ref(result), number, version)
+        sharing = self._storages.get(memory)
+        if sharing is not None:
+            sharing.append(entry)
+        elif memory:
+            self._storages[memory] = [entry]
+        return True
+
+    def _begin(self, call: _Call, kwargs: dict[str, Any]) -> None:
+        kind, args = call.traits.kind, call.args
+        if kind is Kind.SET_MODE:
             self._note_mode(enable=args[0])
-        elif traits.kind is Kind.SET_GRAD:
+        elif kind is Kind.SET_GRAD:
             self._note_gradient(args[0], args[1] if len(args) > 1 else None)
-            return _Call(func, traits, args, [], [])
-        elif traits.kind is Kind.SET_FLAG:
+        elif kind is Kind.SET_FLAG:
             self._note_flag(args, kwargs)
-            return _Call(func, traits, args, [], [])
-        read = read_by(args[1:] if traits.kind is Kind.SET_DATA else args, kwargs)
-        numbers = [self._read(tensor) for tensor in read]
-        if self._floats:
-            numbers += [self._floats[x] for x in fractions_in(args) if x in self._floats]
-        call = _Call(func, traits, args, read, numbers)
+        if kind is Kind.SET_GRAD or kind is Kind.SET_FLAG:
+            call.read = []
+        elif kind is Kind.SET_DATA:
+            call.read = call.read[1:]
+        self._number(call)
         if self._exited:
+            call.numbers += [self._floats[x] for x in fractions_in(args) if x in self._floats]
             call.plain = self._plain_arguments(args, kwargs)
-        if traits.writes and read and read[0].grad_fn is not None:
-            call.node = read[0].grad_fn.name()
-        return call
+        if call.traits.writes and call.read and call.read[0].grad_fn is not None:
+            call.node = call.read[0].grad_fn.name()
 
     def _finish(self, call: _Call, result: Any, frame: Any) -> None:
         kind = call.traits.kind
         if kind is Kind.EXIT:
             self._leave_torch(call, result, frame)
             return
+        if kind is Kind.SET_FLAG:
+            return
         writes = call.traits.writes or kind is Kind.SET_DATA
-        given = {id(tensor) for tensor in call.read}
-        made = [t for t in _made(call, result) if writes or id(t) not in given or self._moved(t)]
+        made = [result] if isinstance(result, Tensor) else _made(call, result)
+        given = [any(tensor is other for other in call.read) for tensor in made]
+        if not writes and any(given):
+            kept = [not old or self._moved(t) for t, old in zip(made, given, strict=True)]
+            made, given = list(compress(made, kept)), list(compress(given, kept))
         if not made:
             return
         numbers = () if kind is Kind.SHAPE_ONLY else tuple(call.numbers)
         op = self._append(call.func, kind, numbers, _frames.here(frame))
         self._complete(op, call, frame)
-        for tensor in made:
-            if writes or id(tensor) in given:
+        for tensor, old in zip(made, given, strict=True):
+            if writes or old:
                 self._written(tensor, op, call)
             else:
                 self._produce(tensor, op)
@@ -482,7 +561,7 @@ class Trace(Record):
     def _append(self, func: Any, kind: Kind, inputs: tuple[int, ...], place: Place | None) -> Op:
         module = self._running[-1][0] if self._running else ""
         grad_mode = torch.is_grad_enabled()
-        op = Op(len(self.ops), func, kind, inputs, (), place, module, grad_mode)
+        op = Op(len(self.ops), func, kind, inputs, place, module, grad_mode)
         self.ops.append(op)
         return op
 
@@ -538,10 +617,10 @@ class Trace(Record):
         before = None if known is None else known.value
         number = self._produce(target, op)
         if before is not None:
-            op.kept[number] = before
+            op.kept = {**op.kept, number: before}
         if old is not None and old.parameter is not None and target.is_leaf:
             # Written under no_grad, a parameter stays the leaf whose gradient is asked about.
-            self.values[number].parameter = old.parameter
+            self.values[number].parameter, self.values[number].settled = old.parameter, False
             self.values[number].tracked = target.requires_grad
 
     # Calls with a meaning of their own ------------------------------------------------------------
@@ -621,14 +700,10 @@ class Trace(Record):
 
 
 def _made(call: _Call, result: Any) -> list[Tensor]:
-    """Return the tensors that a call returned, or wrote where it returns none."""
+    """Return the tensors that a call returned in a container, or wrote where it returns none."""
     kind = call.traits.kind
     if kind is Kind.SET_DATA:
         return [call.args[0]]
-    if kind is Kind.SET_FLAG:
-        return []
-    if isinstance(result, Tensor):
-        return [result]
     if result is None:
         return list(tensors_in(call.args[:1])) if call.traits.writes else []
     return list(tensors_in((result,)))

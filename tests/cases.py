@@ -704,7 +704,7 @@ class ComputedInInit(Case):
 
     def __init__(self) -> None:
         super().__init__()
-        self.enc = Frozen()
+        self.add_module("enc", Frozen())
 
     def forward(self, x):
         return self.head(self.enc(x)).mean()

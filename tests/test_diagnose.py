@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import threading
 
@@ -61,6 +62,10 @@ class Origin(nn.Module):
 
     def forward(self, x):
         return self.head(x).mean() + self.part(self.enc(x))
+
+    def part(self, h):
+        """Return the term of the loss whose gradient goes wrong."""
+        raise NotImplementedError
 
 
 class DeadRelu(Origin):
@@ -151,7 +156,7 @@ class DividedByACountOfZero(NotFinite):
 ORIGINS = [
     value
     for value in globals().values()
-    if isinstance(value, type) and issubclass(value, Origin) and hasattr(value, "part")
+    if isinstance(value, type) and issubclass(value, Origin) and value not in {Origin, NotFinite}
 ]
 
 
@@ -327,7 +332,7 @@ def test_a_library_between_is_shown_with_the_users_own_line(tmp_path, monkeypatc
     package.parent.mkdir()
     package.write_text("def encode(layer, x):\n    return layer(x).detach()\n")
     monkeypatch.syspath_prepend(str(package.parent))
-    import somelib
+    somelib = importlib.import_module("somelib")
 
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     with diagnose(model) as diagnosis:

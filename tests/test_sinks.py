@@ -951,3 +951,14 @@ def test_no_map(monkeypatch, tmp_path):
 
     assert tags(tmp_path, "gradwatch/map") == []
     assert scalars(tmp_path, "gradwatch/findings") == [(0, 0.0), (1, 0.0)]
+
+
+def test_parameters_that_do_not_train_are_counted_in_one_line_once():
+    """The first report in which something is frozen or missing is followed by a count; later ones are not."""
+    stream = io.StringIO()
+    sink = ConsoleSink(stream, color=False)
+    some = {"a": Status.OK, "b": Status.FROZEN, "c": Status.FROZEN}
+    for statuses in ({"a": Status.OK}, some, some):
+        sink.write(Report(step=0, statuses=statuses))
+
+    assert stream.getvalue() == "\nnote: 2 parameters are frozen, 1 trains\n"

@@ -211,7 +211,7 @@ def test_nothing_refers_to_the_trace_after_it_stopped():
 def test_a_failure_of_ours_ends_the_trace_and_not_the_program(monkeypatch, caplog):
     """When the bookkeeping fails, the user's call still returns, and one record says so."""
     model = nn.Linear(2, 1)
-    monkeypatch.setattr(Trace, "_finish", lambda *_: 1 / 0)
+    monkeypatch.setattr(Trace, "_finish_simple", lambda *_: 1 / 0)
 
     trace = traced(model, run=lambda: model(ROW).sum())
 

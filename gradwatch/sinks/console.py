@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console, detect_legacy_windows
 from rich.text import Text
 
-from gradwatch.explain import healed, render
-from gradwatch.report import Action
+from gradwatch.explain import healed, render, summary_line
+from gradwatch.report import Action, Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,7 +36,8 @@ _PARTS = re.compile(
 class ConsoleSink:
     """Print what is new, in the form of compiler messages.
 
-    Alerts whose action is ``log`` are not printed: they are for the files.
+    Alerts whose action is ``log`` are not printed: they are for the files. The first time that not all
+    parameters train, a line counts them by their status.
 
     Args:
         stream: Where to print; None is whatever ``sys.stderr`` is at that time.
@@ -68,6 +69,7 @@ class ConsoleSink:
         self._names = dict.fromkeys(names)
         self._said: dict[tuple[Any, ...], bool] = {}
         self._alerts: set[Alert] = set()
+        self._counted = False
 
     def write(self, report: Report) -> None:
         """Print what this report says and none before it said."""
@@ -77,6 +79,9 @@ class ConsoleSink:
             if alert.action is not Action.LOG and alert not in self._alerts:
                 self._alerts.add(alert)
                 blocks.append(render(alert, self._names))
+        if not self._counted and any(s is not Status.OK for s in report.statuses.values()):
+            self._counted = True
+            blocks.append(f"note: {summary_line(report)}")
         if blocks:
             self._print("\n\n".join(blocks))
 
