@@ -149,6 +149,9 @@ class Inspection(BackwardListener):
     def _explain_missing(self, missing: list[str]) -> dict[str, Finding]:
         if not missing:
             return {}
+        if not self.trace.backwards and self.trace.broken is None:
+            notes = (_words.NO_BACKWARD,)
+            return dict.fromkeys(missing, Finding(Cause.UNDETERMINED, notes=notes))
         passes = [backward for backward in self.trace.backwards if backward.accumulates]
         roots = [root for backward in passes or self.trace.backwards for root in backward.roots]
         flow = follow(self.trace, missing, roots)
@@ -331,8 +334,16 @@ class Inspection(BackwardListener):
         if flow.reads.get(name):
             return (_words.ONLY_WITHOUT_GRADIENT,)
         if path and path in self._modules and path not in self.trace.modules_run:
-            return (_words.did_not_run(path),)
+            return (_words.did_not_run(self._whole_module_that_did_not_run(path)),)
         return (_words.ran_without_it(path),)
+
+    def _whole_module_that_did_not_run(self, path: str) -> str:
+        """Return the largest module around one that did not run, no part of which ran."""
+        ran = self.trace.modules_run
+        above = path.rpartition(".")[0]
+        while above and not any(p == above or p.startswith(f"{above}.") for p in ran):
+            path, above = above, above.rpartition(".")[0]
+        return path
 
     def _hidden(self, name: str) -> str | None:
         """Return why a parameter may have been read where nothing could be seen."""

@@ -98,9 +98,10 @@ class Owners:
     Args:
         names: The parameters of the model.
         optimizers: The optimizers, in the Trainer's order.
+        complete: Whether these are all there are, so that a parameter in none of them is an orphan.
     """
 
-    def __init__(self, names: Names, optimizers: Sequence[Any]) -> None:
+    def __init__(self, names: Names, optimizers: Sequence[Any], *, complete: bool = True) -> None:
         self._optimizers = tuple(optimizers)
         self._size = self.size()
         by_id = {id(parameter): name for name, parameter in names.parameters.items()}
@@ -115,9 +116,10 @@ class Owners:
         ]
         everyone = set[str]().union(*owned)
         self.known = bool(everyone)
-        self.orphans = tuple(name for name in names.parameters if name not in everyone)
+        loose = {name for name in names.parameters if complete and name not in everyone}
+        self.orphans = tuple(name for name in names.parameters if name in loose)
         self._covered = [
-            tuple(name for name in names.parameters if name in mine or name not in everyone)
+            tuple(name for name in names.parameters if name in mine or name in loose)
             for mine in owned
         ]
         self._everyone = tuple(names.parameters)
@@ -129,6 +131,10 @@ class Owners:
     def changed(self) -> bool:
         """Tell whether the optimizers hold other tensors than when this was made."""
         return self.size() != self._size
+
+    def holds(self, optimizer: Any) -> bool:
+        """Tell whether an optimizer is one of these."""
+        return any(known is optimizer for known in self._optimizers)
 
     def position(self, optimizer: Any) -> int:
         """Return the optimizer's place among the others, 0 for one that is not known."""

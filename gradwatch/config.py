@@ -77,7 +77,7 @@ class TensorBoardConfig(BaseModel):
 _RULES: Any = (
     {"name": "disconnected", "when": {"status": "missing", "for_steps": 10}},
     {"name": "exploding", "when": {"norm_above": 1e3, "for_steps": 3}},
-    {"name": "vanishing", "when": {"norm_below": 1e-8, "for_steps": 100}},
+    {"name": "vanishing", "when": {"norm_below": 1e-8, "for_steps": 100}, "action": "log"},
     {"name": "nonfinite", "when": {"status": "nonfinite", "for_steps": 2}},
 )
 
@@ -214,7 +214,7 @@ class _Mistake:
             indent = re.sub(r"[^\t]", " ", self.source[:start])
             lines += [f"{margin}--> {self.place}:{line + 1}:{start + 1}", f"{margin} |"]
             lines += [f"{line + 1} | {self.source}", f"{margin} | {indent}{'^' * (end - start)}"]
-            lines += [f"{margin} |"]
+            lines += [f"{margin} |"] if self.notes or self.advice else []
         elif self.place:
             lines += [f"{margin}--> {self.place}"]
         lines += [f"{margin} = note: {note}" for note in self.notes]

@@ -265,7 +265,10 @@ def _render_diagnosis(diagnosis: Diagnosis, all_names: Iterable[str]) -> str:
         width = len(str(place.line))
         module = place.module or (site.module if site else None)
         lines.append(f"{' ' * width}--> {_snippet.location(place, module)}")
-        lines += _snippet.snippet(place, _label(diagnosis), width)
+        shown = _snippet.snippet(place, _label(diagnosis), width)
+        lines += shown
+        if not shown and _label(diagnosis):
+            notes.insert(0, _label(diagnosis))
     if site and site is not place:
         notes.insert(0, _snippet.inside(site))
     bullets = [f"note: {note}" for note in notes]

@@ -15,6 +15,12 @@ import logging
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
+from torch import nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
 from gradwatch import explain
 from gradwatch._diagnose import Inspection, not_in_optimizer, undetermined
 from gradwatch._ledger import Facts, Ledger
@@ -31,8 +37,6 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
-
-    from torch import nn
 
     from gradwatch.sinks import Sink
 
@@ -109,7 +113,7 @@ class Watcher:
         model: nn.Module,
         config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         *,
-        optimizers: Sequence[Any] = (),
+        optimizers: Sequence[Any] | Any = (),
         log_dir: str | os.PathLike[str] | None = None,
         sinks: Iterable[Sink] = (),
         every_n_steps: int | None = None,
@@ -122,9 +126,10 @@ class Watcher:
         )
         self.report = Report(step=0)
         self.should_stop = False
-        """Whether a rule with ``action: stop`` has fired."""
-        self._model = model
-        self._optimizers = tuple(optimizers)
+        """Whether a rule with ``action: stop`` has fired: a hand-written loop has to look, and end."""
+        self._model = _checked_model(model, "Watcher(model)")
+        self._optimizers = _as_optimizers(optimizers)
+        self._complete = bool(self._optimizers)
         self._log_dir = log_dir
         self._given_sinks = tuple(sinks)
         self._sinks: list[Sink] = []
@@ -135,6 +140,7 @@ class Watcher:
         self._batches = 0
         self._off = False
         self._plain = ExitStack()
+        self._in_hook = False
         self._inspection: Inspection | None = None
         self._micro_batches = 0
         self._traces = 0
@@ -156,11 +162,11 @@ class Watcher:
 
     def __enter__(self) -> Self:
         self.begin(self._optimizers)
-        for optimizer in self._optimizers:
-            before = optimizer.register_step_pre_hook(self._before_plain_step)
-            after = optimizer.register_step_post_hook(self._after_plain_step)
-            self._plain.callback(before.remove)
-            self._plain.callback(after.remove)
+        for handle in (
+            register_optimizer_step_pre_hook(self._before_plain_step),
+            register_optimizer_step_post_hook(self._after_plain_step),
+        ):
+            self._plain.callback(handle.remove)
         return self
 
     def __exit__(
@@ -170,7 +176,6 @@ class Watcher:
         traceback: TracebackType | None,
     ) -> None:
         del kind, traceback
-        self._plain.close()
         if error is not None:
             self.interrupted(error)
         self.close()
@@ -198,14 +203,41 @@ class Watcher:
             self.after_backward()
             self.before_step(None)
         self.end_batch()
+        if self._off:
+            self._end()
 
     def _before_plain_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if not _has_closure(args, kwargs):
-            self.judge_unseen(optimizer)
+            self._judge_in_hook(optimizer)
 
     def _after_plain_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if _has_closure(args, kwargs):  # forward and backward ran inside of the step
-            self.judge_unseen(optimizer)
+        # With a closure, forward and backward ran inside of the step.
+        if _has_closure(args, kwargs):
+            self._judge_in_hook(optimizer)
+
+    def _judge_in_hook(self, optimizer: Any) -> None:
+        self._in_hook = True
+        try:
+            if self._is_ours(optimizer):
+                self.judge_unseen(optimizer)
+        finally:
+            self._in_hook = False
+
+    @_harmless
+    def _is_ours(self, optimizer: Any) -> bool:
+        """Tell whether an optimizer is watched; where none were named, any with our parameters is."""
+        if self._off or self._judge is None:
+            return False
+        if self._owners.holds(optimizer):
+            return True
+        ours = {id(parameter) for parameter in self._names.parameters.values()}
+        if self._complete or not any(
+            id(tensor) in ours for group in optimizer.param_groups for tensor in group["params"]
+        ):
+            return False
+        self._optimizers = (*self._optimizers, optimizer)
+        self._look_at_model()
+        return True
 
     # Where nothing tells when a backward pass begins and ends ------------------------------------
 
@@ -251,6 +283,7 @@ class Watcher:
             scaler: The GradScaler of the run, where there is one.
         """
         self._optimizers = tuple(optimizers)
+        self._complete = bool(self._optimizers)
         self._scaled = self._scaled or scaler is not None
         self._every = self.config.log.every_n_steps or max(every_n_steps, 1)
         self._look_at_model()
@@ -279,7 +312,7 @@ class Watcher:
             self._look_at_model()
             self._traces += 1
             self._micro_batches = 0
-            sizes = "sizes" in self._wanted
+            sizes = "sizes" in self._wanted or self._traces == 1
             self._wanted.clear()
             self._inspection = Inspection(self._names.parameters, self._names.modules, sizes=sizes)
         if self._inspection is not None and self._micro_batches < MAX_MICRO_BATCHES:
@@ -352,6 +385,10 @@ class Watcher:
 
     def close(self) -> None:
         """End the run: nothing of GradWatch's is left on the model or in torch."""
+        self._plain.close()
+        self._end()
+
+    def _end(self) -> None:
         self._stop_inspection()
         self._off = True
         sinks, self._sinks = self._sinks, []
@@ -389,7 +426,7 @@ class Watcher:
     def _look_at_model(self) -> None:
         """Take the parameters and their owners as they are now; what arrived so far is kept."""
         self._names = _watched(names_of(self._model), self.config)
-        self._owners = Owners(self._names, self._optimizers)
+        self._owners = Owners(self._names, self._optimizers, complete=self._complete)
         known = getattr(self, "_sensor", None)
         if known is None or not known.watches(self._names.parameters):
             self._sensor = Sensor(self._names.parameters)
@@ -471,11 +508,13 @@ class Watcher:
             found += not_in_optimizer(
                 [name for name in wanting if self._needs_a_gradient(name)], statuses, self._steps
             )
-        explained = {name for diagnosis in found for name in diagnosis.parameters}
-        open_ = {name: facts.statuses[name] for name in meant if name not in explained}
+        open_ = {name: facts.statuses[name] for name in meant}
         if self._inspection is not None:
+            late = Status.ZERO if self._traces == 1 else None
             if not self._inspection.sizes:
                 open_ = {n: status for n, status in open_.items() if status is Status.MISSING}
+            # Zeros of the first step are often the start of things (LoRA's A, say): they wait.
+            open_ = {n: status for n, status in open_.items() if status is not late}
             found += self._inspection.diagnose(open_, self._steps)
         elif self.config.trace == "never" and open_:
             found += undetermined(open_, self._steps)
@@ -515,7 +554,11 @@ class Watcher:
             raise _alert_error(report, self._names.parameters)
 
     def _switch_off(self, error: Exception) -> None:
-        self.close()
+        self._off = True
+        if self._inspection is not None:
+            self._inspection.trace.recording = False
+        if not self._in_hook:  # torch walks over its hooks now, and none may be taken away
+            self._end()
         _log.warning(
             "GradWatch failed and has switched itself off; training goes on", exc_info=error
         )
@@ -524,6 +567,17 @@ class Watcher:
 def _has_closure(args: Any, kwargs: Mapping[str, Any]) -> bool:
     """Tell whether an optimizer's step was given a closure; the first argument is the optimizer."""
     return len(args) > 1 or kwargs.get("closure") is not None
+
+
+def _as_optimizers(given: Any) -> tuple[Any, ...]:
+    """Return the optimizers that were given, also where that is a single one."""
+    return (given,) if hasattr(given, "param_groups") else tuple(given)
+
+
+def _checked_model(model: Any, call: str) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`{call}`: expected a `torch.nn.Module`, found `{type(model).__name__}`")
+    return model
 
 
 def _watched(names: Names, config: Config) -> Names:
@@ -544,10 +598,13 @@ def _alert_error(report: Report, names: Iterable[str]) -> GradientAlertError:
     concerned = {name for alert in fatal for name in alert.parameters}
     diagnoses = [d for d in report.diagnoses if concerned.intersection(d.parameters)]
     said: list[Alert | Diagnosis] = [*fatal, *diagnoses]
-    text = "\n\n".join(explain.render(part, tuple(names)) for part in said)
+    texts = [explain.render(part, tuple(names)) for part in said]
+    # The first line is all that many a summary shows.
+    headline = texts[0].partition("\n")[0].partition(": ")[2]
     disconnected = any(alert.status is Status.MISSING for alert in fatal)
     kind = DisconnectedParameterError if disconnected else GradientAlertError
-    return kind(f"a rule ended the run\n\n{text}", report)
+    text = "\n\n".join([f"rule `{fatal[0].rule}` ended the run: {headline}", *texts])
+    return kind(text, report)
 
 
 class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagnosis:`
@@ -574,10 +631,13 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
 
     def __init__(self, model: nn.Module) -> None:
         self.report = Report(step=0)
-        self._model = model
+        self._model = _checked_model(model, "diagnose(model)")
         self._inspection: Inspection | None = None
         self._judged: dict[str, Status] = {}
         self._norms: dict[str, float] = {}
+
+    def __str__(self) -> str:
+        return explain.render(self.report, tuple(self.report.statuses))
 
     def __enter__(self) -> Self:
         self.report = Report(step=0)

@@ -54,7 +54,7 @@ def test_defaults_stop_nothing():
     assert [(rule.name, rule.when.for_steps, rule.action) for rule in config.rules] == [
         ("disconnected", 10, Action.WARN),
         ("exploding", 3, Action.WARN),
-        ("vanishing", 100, Action.WARN),
+        ("vanishing", 100, Action.LOG),
         ("nonfinite", 2, Action.WARN),
     ]
     assert [rule.when.norm_above for rule in config.rules] == [None, 1e3, None, None]
@@ -243,7 +243,6 @@ def test_every_mistake_is_in_one_error():
           |
         3 |   every_n_steps: true
           |                  ^^^^
-          |
 
         error[config]: `trace` cannot be `atuo`
          --> watch.yaml:4:8

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -629,7 +630,8 @@ def test_hooks_on_optimizers_are_gone_afterwards():
     """After the block an optimizer has the hooks it had before, also after an error."""
     model = Healthy()
     optimizer = sgd(model)
-    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    home = sys.modules["torch.optim.optimizer"]  # `torch.optim` hides it
+    hooks = (home._global_optimizer_pre_hooks, home._global_optimizer_post_hooks)
     with Watcher(model, optimizers=[optimizer]):
         during = [len(hook) for hook in hooks]
     with pytest.raises(KeyError, match="mine"), Watcher(model, optimizers=[optimizer]):
@@ -682,7 +684,10 @@ def test_abort_comes_before_the_optimizer_writes():
     before: dict[str, Tensor] = {}
     with (
         run,
-        pytest.raises(DisconnectedParameterError, match=r"a rule ended the run[\s\S]*detached"),
+        pytest.raises(
+            DisconnectedParameterError,
+            match=r"rule `disconnected` ended the run: `a.weight` got no gradient[\s\S]*detached",
+        ),
     ):
         for _ in range(5):
             before.update(copy.deepcopy(run.model.state_dict()))
@@ -906,12 +911,53 @@ def test_wrong_options_are_refused_at_once(options: dict[str, Any], message: str
         Watcher(Healthy(), **options)
 
 
-def test_an_optimizer_in_place_of_a_list_is_refused():
-    """``optimizers`` takes a list."""
+def test_a_single_optimizer_needs_no_list():
+    """``optimizers`` takes one optimizer as well as several."""
+    model = Detached()
+    optimizer = sgd(model)
+
+    with Watcher(model, optimizers=optimizer) as watcher, watcher.step():
+        model(batch()).backward()
+        optimizer.step()
+
+    assert found(watcher.diagnoses) == [(Cause.DETACHED, ("a.weight",))]
+
+
+def test_without_optimizers_those_that_step_are_found():
+    """A loop whose optimizer was not named is judged before it steps, and what zeroes later is no fault."""
+    model = Detached()
+    optimizer = sgd(model)
+
+    with Watcher(model) as watcher:
+        for _ in range(3):
+            with watcher.step():
+                model(batch()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    assert found(watcher.diagnoses) == [(Cause.DETACHED, ("a.weight",))]
+
+
+def test_without_a_backward_pass_no_cause_is_made_up():
+    """A block in which nobody called ``backward`` says that, and blames no line."""
     model = Healthy()
 
-    with pytest.raises(TypeError, match="not iterable"):
-        Watcher(model, optimizers=sgd(model))  # type: ignore[arg-type]
+    with diagnose(model) as diagnosis:
+        model(batch())
+
+    (told,) = diagnosis.report.diagnoses
+    assert (told.cause, told.notes) == (
+        Cause.UNDETERMINED,
+        ("no backward pass ran in this step",),
+    )
+    assert "and the cause was not found" in str(diagnosis)
+
+
+@pytest.mark.parametrize("make", [Watcher, diagnose])
+def test_what_is_no_module_is_refused(make: Any):
+    """Anything but a module is an error at once, with what was expected."""
+    with pytest.raises(TypeError, match=r"expected a `torch.nn.Module`, found `list`"):
+        make([nn.Linear(2, 1)])
 
 
 def test_a_step_outside_of_the_block_is_refused():

@@ -74,6 +74,8 @@ class ConsoleSink:
     def write(self, report: Report) -> None:
         """Print what this report says and none before it said."""
         self._names |= dict.fromkeys(report.statuses)
+        if any(alert.action is Action.ABORT for alert in report.alerts):
+            return  # the error that is raised says it all
         blocks = [text for entry in report.diagnoses if (text := self._diagnosis(entry))]
         for alert in report.alerts:
             if alert.action is not Action.LOG and alert not in self._alerts:
