@@ -62,7 +62,7 @@ class Inspection(BackwardListener):
         on_step: Called with the names of the parameters that an optimizer is about to write.
 
     Cost:
-        About 5 microseconds an operation, and as much again a node with ``sizes``.
+        About the time of a dozen small operations for each one, and as much again with ``sizes``.
     """
 
     def __init__(
