@@ -66,6 +66,8 @@ class Ledger:
         self._made: list[Diagnosis] = []
         self._open: dict[str, tuple[Status, int]] = {}
         self.knows_orphans = False
+        self.recovered: set[str] = set()
+        """Names of those that were diagnosed once and got a gradient again."""
 
     @property
     def everything(self) -> tuple[Diagnosis, ...]:
@@ -111,6 +113,7 @@ class Ledger:
         healed = []
         for name in over:
             _, number = self._open.pop(name)
+            self.recovered.add(name)
             if all(number != other for _, other in self._open.values()):
                 self._made[number] = replace(self._made[number], healed_at=step)
                 healed.append(self._made[number])

@@ -214,6 +214,16 @@ class Judge:
         """For each parameter without a gradient, for how many of its steps in a row by now."""
         return self._streaks
 
+    def unmatched(self) -> list[str]:
+        """Return the globs of the contract and the rules that match none of the known names."""
+        entries: list[ContractEntry | Rule] = list(self._contract)
+        entries += [track.rule for track in self._tracks]
+        return [
+            glob
+            for glob in dict.fromkeys(glob for entry in entries for glob in entry.parameters)
+            if not any(matches((glob,), n, self._aliases.get(n, ())) for n in self._entries)
+        ]
+
     def contract_for(self, name: str) -> ContractEntry | None:
         """Return what the contract says of a parameter, by any of its names; None if nothing.
 

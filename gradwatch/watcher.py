@@ -27,6 +27,7 @@ from gradwatch._ledger import Facts, Ledger
 from gradwatch._names import Names, Owners, names_of
 from gradwatch._raised import add_note
 from gradwatch._stats import Sensor, is_lazy
+from gradwatch._words import listed
 from gradwatch.config import Config, load_config
 from gradwatch.errors import DisconnectedParameterError, GradientAlertError, GradWatchError
 from gradwatch.report import Action, Alert, Diagnosis, Report, Status
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 MAX_TRACES = 10
 MAX_MICRO_BATCHES = 8
+PATIENCE = 10
+"""Steps without a gradient after which one that had come back is looked into again."""
 MAX_HUNT = 5
 """Steps traced in a row to catch a gradient that is not finite now and then."""
 
@@ -301,6 +304,9 @@ class Watcher:
             self.config.rules, self.config.contract, self._names.aliases, self._names.parameters
         )
         self._judge.load_state_dict(self._saved.get("judge", {}))
+        unmatched = self._judge.unmatched() if writes and self._names.parameters else []
+        if unmatched:
+            _log.warning("no parameter matches %s of the configuration", listed(unmatched))
 
     @_harmless
     def begin_batch(self) -> None:
@@ -497,8 +503,7 @@ class Watcher:
 
     def _diagnosed(self, covered: tuple[str, ...], facts: Facts) -> bool:
         """Add what this step shows to what is known; return whether it is news."""
-        new = self._ledger.unknown(facts.bad, facts.statuses)
-        meant = [name for name in new if self._needs_a_gradient(name)]
+        meant = self._unexplained(facts)
         found: list[Diagnosis] = []
         orphans = [name for name in self._owners.orphans if name in covered]
         if self._owners.known and not self._ledger.knows_orphans:
@@ -524,6 +529,17 @@ class Watcher:
         self._ledger.add(found)
         return bool(found)
 
+    def _unexplained(self, facts: Facts) -> list[str]:
+        """Return those that are bad without a diagnosis, and not just for now."""
+        streaks = {} if self._judge is None else self._judge.streaks
+        return [
+            name
+            for name in self._ledger.unknown(facts.bad, facts.statuses)
+            if self._needs_a_gradient(name)
+            # What comes and goes (a dropped layer, an expert) is said once, until it stays away.
+            and not (name in self._ledger.recovered and streaks.get(name, PATIENCE) < PATIENCE)
+        ]
+
     def _needs_a_gradient(self, name: str) -> bool:
         entry = None if self._judge is None else self._judge.contract_for(name)
         return entry is None or entry.gradient == "required"
@@ -532,9 +548,7 @@ class Watcher:
         """Trace the next step when something is wrong that has no diagnosis yet."""
         if self.config.trace == "never":
             return
-        for name in self._ledger.unknown(facts.bad, facts.statuses):
-            if not self._needs_a_gradient(name):
-                continue
+        for name in self._unexplained(facts):
             if facts.statuses[name] is Status.NONFINITE:
                 self._hunt = MAX_HUNT
             missing = facts.statuses[name] is Status.MISSING

@@ -515,14 +515,38 @@ def test_healing_is_told_once(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err.count("again since step 2") == 1
 
 
-def test_a_relapse_is_diagnosed_anew():
-    """What heals and goes wrong again makes a second diagnosis."""
+def test_a_lasting_relapse_is_diagnosed_anew():
+    """What heals and then stays away for ten steps makes a second diagnosis."""
     with Run(Fork("left", "right"), PATIENT) as run:
-        for names in ({"left"}, {"left", "right"}, {"left"}, {"left"}):
+        for names, times in (({"left"}, 1), ({"left", "right"}, 1), ({"left"}, 12)):
             run.model.on = names  # type: ignore[assignment]
+            run.step(times)
+
+    assert [(d.step, d.healed_at) for d in run.watcher.diagnoses] == [(0, 1), (12, None)]
+
+
+def test_what_comes_and_goes_is_said_once():
+    """A branch that is dropped in some steps is diagnosed once, and healed once."""
+    with Run(Fork("left", "right"), PATIENT) as run:
+        for _ in range(5):
+            run.model.on = {"left"}  # type: ignore[assignment]
+            run.step(2)
+            run.model.on = {"left", "right"}  # type: ignore[assignment]
             run.step()
 
-    assert [(d.step, d.healed_at) for d in run.watcher.diagnoses] == [(0, 1), (3, None)]
+    assert [(d.step, d.healed_at) for d in run.watcher.diagnoses] == [(0, 2)]
+
+
+def test_globs_that_match_nothing_are_named_once(caplog: pytest.LogCaptureFixture):
+    """A glob of the contract or a rule that no parameter matches is one log record."""
+    contract = [{"parameters": ["teecher.*", "*"], "gradient": "required"}]
+
+    with Run(Healthy(), {"contract": contract, "rules": []}) as run:
+        run.step()
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "no parameter matches `teecher.*` of the configuration"
+    ]
 
 
 def test_a_diagnosis_heals_when_all_of_its_parameters_do():
