@@ -386,12 +386,25 @@ class Inspection(BackwardListener):
         if users[0].name.endswith("_"):
             return True  # filled in this very pass: its module was made anew
         if self.trace.values[number].producer is not None:
-            return False
+            return not self._comes_from_parameters(number)
         if users[0].module is not None:
             return True  # used by a module of this model
         ref = self.trace.values[number].alien
         alien = None if ref is None else ref()
         return alien is not None and bool(torch.equal(alien, parameter))
+
+    def _comes_from_parameters(self, number: int) -> bool:
+        """Tell whether a value was computed from parameters of the model."""
+        seen, todo = set(), [number]
+        while todo:
+            number = todo.pop()
+            value = self.trace.values[number]
+            if value.parameter is not None:
+                return True
+            if number not in seen and value.producer is not None:
+                seen.add(number)
+                todo.extend(self.trace.ops[value.producer].inputs)
+        return False
 
     # Zero and not finite --------------------------------------------------------------------------
 
@@ -443,6 +456,8 @@ def _cause(op: Op) -> Cause:
         return Cause.LEFT_TORCH
     if op.kind is Kind.GRAD or not op.grad_mode:
         return Cause.NO_GRAD
+    if op.kept:
+        return Cause.DETACHED  # written into `.data`, or through another alias without history
     return Cause.NON_DIFFERENTIABLE
 
 

@@ -54,12 +54,16 @@ class Flow:
     """The last operation computed from a parameter whose result is not used again."""
     reaching: set[int] = field(default_factory=set)
     """Values from which the loss was computed."""
-    carried: dict[int, frozenset[str]] = field(default_factory=dict)
-    """Per exit the parameters whose value left torch there."""
+    carried: dict[int, int] = field(default_factory=dict)
+    """Per exit the parameters whose value left torch there, as bits."""
+    bits: dict[str, int] = field(default_factory=dict)
 
     def carries(self, op: Op, names: Sequence[str]) -> bool:
         """Tell whether an exit handed a value of one of these parameters to Python."""
-        return not self.carried.get(op.index, frozenset()).isdisjoint(names)
+        wanted = 0
+        for name in names:
+            wanted |= self.bits[name]
+        return bool(self.carried.get(op.index, 0) & wanted)
 
 
 def follow(trace: Record, names: Sequence[str], roots: Sequence[int]) -> Flow:
@@ -96,17 +100,16 @@ class _Follower:
         self._distances()
         reach = self._reach(through_python=True)
         inside = self._reach(through_python=False)
-        flow = Flow()
+        flow = Flow(bits=self.bits)
         flow.carried = {
-            op.index: frozenset(self._members(self.dead[op.outputs[0]]))
-            for op in self.ops
-            if op.kind is Kind.EXIT
+            op.index: self.dead[op.outputs[0]] for op in self.ops if op.kind is Kind.EXIT
         }
         flow.reaching = {number for number, far in enumerate(self.distance) if far < _FAR}
         for number in self.roots:
             flow.connected.update(self._members(self.live[number]))
         self._find_cuts(flow, reach, inside)
         self._find_reads(flow)
+        self._find_dropped(flow)
         return flow
 
     def _forwards(self, op: Op) -> None:
@@ -122,6 +125,8 @@ class _Follower:
             through = live if value.tracked and op.kind not in _BREAKS else 0
             if only_kept:
                 through &= self.live[op.kept[number]] if number in op.kept else 0
+            if value.parameter is not None:
+                through = 0  # a leaf has no history
             own = self.bits.get(value.parameter or "", 0)
             self.live[number] = through | own
             self.dead[number] = (live | dead) & ~(through | own)
@@ -198,42 +203,37 @@ class _Follower:
             for number, value in enumerate(self.values)
             if value.parameter in self.bits
         }
-        last: dict[str, tuple[tuple[bool, ...], int]] = {}
         for op in self.ops:
             for number in op.inputs:
                 name = wanted.get(number)
                 if name is not None:
                     flow.reads.setdefault(name, []).append(op)
-            self._note_dropped(op, last)
-        flow.dropped = {name: self.ops[index] for name, (_, index) in last.items()}
 
-    def _note_dropped(self, op: Op, last: dict[str, tuple[tuple[bool, ...], int]]) -> None:
-        """Keep per parameter the latest result that nothing but Python read again, tracked ones first."""
-        if op.place is None or op.place.by_trainer:
-            return
-        for number in op.outputs:
-            mask = self.live[number] | self.dead[number]
-            if not mask:
+    def _find_dropped(self, flow: Flow) -> None:
+        """Find per parameter the latest result that nothing but Python read again, tracked ones first."""
+        consumed = {
+            number
+            for op in self.ops
+            if op.kind is not Kind.EXIT and not (op.place and op.place.by_trainer)
+            for number in op.inputs
+        }
+        # Backwards, with the parameters that are settled at each rank: each is met once a rank.
+        settled: dict[tuple[bool, bool, bool], int] = {}
+        best: dict[str, tuple[tuple[bool, bool, bool], Op]] = {}
+        for op in reversed(self.ops):
+            if op.place is None or op.place.by_trainer:
                 continue
-            unused = not self._used(number)
-            for name in self._members(mask):
-                rank = (
-                    op.kind is not Kind.EXIT,
-                    bool(self.live[number] & self.bits[name]),
-                    unused,
-                )
-                if name not in last or rank >= last[name][0]:
-                    last[name] = (rank, op.index)
-
-    def _used(self, number: int) -> bool:
-        if not hasattr(self, "_consumed"):
-            self._consumed = {
-                number
-                for op in self.ops
-                if op.kind is not Kind.EXIT and not (op.place and op.place.by_trainer)
-                for number in op.inputs
-            }
-        return number in self._consumed
+            for number in op.outputs:
+                for mask, is_live in ((self.live[number], True), (self.dead[number], False)):
+                    rank = (op.kind is not Kind.EXIT, is_live, number not in consumed)
+                    new = mask & ~settled.get(rank, 0)
+                    if not new:
+                        continue
+                    settled[rank] = settled.get(rank, 0) | new
+                    for name in self._members(new):
+                        if name not in best or rank > best[name][0]:
+                            best[name] = (rank, op)
+        flow.dropped = {name: op for name, (_, op) in best.items()}
 
     def _members(self, mask: int) -> Iterator[str]:
         while mask:

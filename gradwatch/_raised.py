@@ -236,6 +236,7 @@ _KINDS: tuple[tuple[str, Callable[[str, Inspection, nn.Module], str | None]], ..
     ("can be implicitly created only for scalar outputs", _failing("not_scalar")),
     ("Inference tensors cannot be saved for backward", _failing("inference")),
     ("Inplace update to inference tensor", _failing("inference")),
+    ("is not differentiable with respect to argument", _failing("no_derivative")),
     ("is not implemented", _failing("no_derivative")),
     ("is being modified inplace", _failing("view_in_place")),
     ("Can't call numpy() on Tensor that requires grad", _failing("numpy")),

@@ -236,6 +236,8 @@ class _Marked:
         self._locals = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
         self._seeds: dict[ast.AST, _Returned] = {}
         self._governed: set[ast.AST] = set()
+        self._defined = _definitions(self._file)
+        """Functions of the same file: a method called `update` there is no container's."""
 
     # What is asked --------------------------------------------------------------------------------
 
@@ -398,13 +400,20 @@ class _Marked:
     def _fill(self, call: ast.Call) -> None:
         """Mark a container into which a value was put, or that the value chose to fill."""
         method = call.func
-        if isinstance(method, ast.Attribute) and method.attr in _FILLERS:
+        if isinstance(method, ast.Attribute) and method.attr in _FILLERS - self._defined:
             values = [*call.args, *(keyword.value for keyword in call.keywords)]
             self._mark(
                 method.value,
                 data=any(map(self.depends, values)),
                 chosen=any(map(self.chooses, values)) or self.governs(call),
             )
+
+
+@lru_cache(maxsize=256)
+def _definitions(file: str) -> frozenset[str]:
+    module = tree(file)
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return frozenset(n.name for n in ast.walk(module or ast.Pass()) if isinstance(n, functions))
 
 
 def _selects(node: ast.AST) -> bool:

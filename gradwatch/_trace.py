@@ -142,7 +142,8 @@ class Trace(Record):
         self._names = {id(tensor): name for name, tensor in parameters.items()}
         self._paths = {id(module): path for path, module in modules.items()}
         self._known: dict[int, _Entry] = {}
-        self._storages: dict[int, list[_Entry]] = {}
+        self._storages: dict[int, dict[int, _Entry]] = {}
+        """Per address the tensors over that memory by their ``id``, the one numbered last at the end."""
         self._floats: dict[float, int] = {}
         self._exited = False
         self._gradients: dict[int, str] = {}
@@ -321,11 +322,9 @@ class Trace(Record):
             self.opaque = self.opaque or (memory is None and tensor.layout is torch.strided)
         entry = self._known[id(tensor)] = _Entry(weakref.ref(tensor), number, version)
         if memory:
-            sharing = self._storages.get(memory)
-            if sharing is None:
-                self._storages[memory] = [entry]
-            else:
-                sharing.append(entry)
+            sharing = self._storages.setdefault(memory, {})
+            sharing.pop(id(tensor), None)
+            sharing[id(tensor)] = entry
         return number
 
     def _read(self, tensor: Tensor) -> int:
@@ -386,7 +385,7 @@ class Trace(Record):
 
     def _alias(self, tensor: Tensor) -> int | None:
         """Return the value over whose memory a leaf was put, where there is one."""
-        for entry in reversed(self._storages.get(memory_of(tensor) or 0, ())):
+        for entry in reversed(self._storages.get(memory_of(tensor) or 0, {}).values()):
             # The memory of a dead tensor may have been given to a new one: only a leaf that wants a
             # gradient is taken for its heir.
             if entry.ref() is not None or tensor.requires_grad:
@@ -495,11 +494,13 @@ class Trace(Record):
             node.metadata[self.tag] = index
         self.values.append(Value(index, node is not None))
         entry = self._known[id(result)] = _Entry(ref(result), number, version)
-        sharing = self._storages.get(memory)
-        if sharing is not None:
-            sharing.append(entry)
-        elif memory:
-            self._storages[memory] = [entry]
+        if memory:
+            sharing = self._storages.get(memory)
+            if sharing is None:
+                self._storages[memory] = {id(result): entry}
+            else:
+                sharing.pop(id(result), None)
+                sharing[id(result)] = entry
         return True
 
     def _begin(self, call: _Call, kwargs: dict[str, Any]) -> None:
@@ -583,8 +584,11 @@ class Trace(Record):
         return isinstance(arg, (list, tuple)) and bool(arg) and all(map(self._is_made, arg))
 
     def _leave_torch(self, call: _Call, result: Any, frame: Any) -> None:
+        place = _frames.here(frame)
+        if isinstance(result, bool) and not _frames.is_call_from(frame, call.func, place):
+            return  # torch checks its own arguments: nothing is handed to the user
         self._exited = True
-        op = self._append(call.func, Kind.EXIT, tuple(call.numbers), _frames.here(frame))
+        op = self._append(call.func, Kind.EXIT, tuple(call.numbers), place)
         op.stack = _frames.stack(frame)
         op.outputs = (len(self.values),)
         self.values.append(Value(op.index))
@@ -600,29 +604,32 @@ class Trace(Record):
         name = self._gradients.get(id(tensor))
         if name is not None and self._parameters[name].grad is tensor:
             self._note_written_gradient(name, op)
-        targets = [tensor]
+        targets, read = [tensor], []
         if op.kind not in {Kind.SEVER, Kind.SET_DATA}:  # those change one tensor, not the memory
-            for entry in self._storages.get(memory_of(tensor) or 0, ()):
+            sharing = self._storages.get(memory_of(tensor) or 0, {})
+            for key, entry in list(sharing.items()):
                 alias = entry.ref()
-                if alias is not None and alias is not tensor:
+                if alias is None:
+                    del sharing[key]
+                elif alias is not tensor:
                     targets.append(alias)
-                    op.inputs = (*op.inputs, entry.value)
+                    read.append(entry.value)
+        op.inputs = (*op.inputs, *read)
         shapes = frozenset(shape_of(target) for target in targets)
         self.writes.append(Write(op.place, shapes, version_of(tensor), op.name, call.node))
-        for target in targets:
-            self._rewrite(target, op)
+        op.kept = dict(self._rewrite(target, op) for target in targets)
 
-    def _rewrite(self, target: Tensor, op: Op) -> None:
+    def _rewrite(self, target: Tensor, op: Op) -> tuple[int, int]:
+        """Give a tensor a new value; return its number, and that of the one it had before."""
         known = self._known.get(id(target))
-        old = None if known is None or known.ref() is not target else self.values[known.value]
-        before = None if known is None else known.value
+        before = self._read(target) if known is None or known.ref() is not target else known.value
+        old = self.values[before]
         number = self._produce(target, op)
-        if before is not None:
-            op.kept = {**op.kept, number: before}
-        if old is not None and old.parameter is not None and target.is_leaf:
+        if old.parameter is not None and target.is_leaf:
             # Written under no_grad, a parameter stays the leaf whose gradient is asked about.
             self.values[number].parameter, self.values[number].settled = old.parameter, False
             self.values[number].tracked = target.requires_grad
+        return number, before
 
     # Calls with a meaning of their own ------------------------------------------------------------
 
@@ -666,6 +673,17 @@ class Trace(Record):
             for name, parameter in self._parameters.items()
             if parameter.grad is not None
         }
+
+    def backward_unrecorded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a backward pass after a failure of ours: who got a gradient is told all the same."""
+        if self.in_backward:
+            return func(*args, **kwargs)
+        self.in_backward = True
+        try:
+            with self._listener.around_backward([]):
+                return func(*args, **kwargs)
+        finally:
+            self.in_backward = False
 
     def _backward(
         self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -720,7 +738,11 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         trace = self._trace()
-        if trace is None or not trace.recording:
+        if trace is None:
+            return func(*args, **(kwargs or {}))
+        if not trace.recording:
+            if trace.broken is not None and traits_of(func).kind is Kind.BACKWARD:
+                return trace.backward_unrecorded(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
         return trace.called(func, args, kwargs or {})
 

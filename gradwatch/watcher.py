@@ -45,6 +45,8 @@ MAX_TRACES = 10
 MAX_MICRO_BATCHES = 8
 PATIENCE = 10
 """Steps without a gradient after which one that had come back is looked into again."""
+MAX_MISSED = 20
+"""Traced steps that do not count because another optimizer stepped in them."""
 MAX_HUNT = 5
 """Steps traced in a row to catch a gradient that is not finite now and then."""
 
@@ -150,6 +152,9 @@ class Watcher:
         self._wanted: set[str] = {"missing"} if self.config.trace == "auto" else set()
         self._backwards = 0
         self._hunt = 0
+        self._sought: set[str] = set()
+        """Parameters for whose sake the next step is traced."""
+        self._missed = 0
         self._scaled = scaler is not None
         self._stepped = False
         self._written: set[str] = set()
@@ -374,6 +379,7 @@ class Watcher:
             if self._stepped:
                 self._inspection.stop()
                 self._inspection = None
+                self._look_again()
         if self._stepped:
             self._stepped = False  # an adapter may end a batch again
             self._backwards = 0
@@ -382,6 +388,15 @@ class Watcher:
                 flush = getattr(sink, "flush", None)
                 if flush is not None:
                     flush()
+
+    def _look_again(self) -> None:
+        """Trace one more step where another optimizer than the sought parameters' has stepped."""
+        if self._sought and self._sought.isdisjoint(self._written) and self._missed < MAX_MISSED:
+            self._missed += 1
+            self._traces -= 1
+            self._wanted.add("missing")
+        else:
+            self._sought.clear()
 
     def interrupted(self, error: BaseException) -> None:
         """Clean up after an exception of the user's, and add a note on its cause where one is known."""
@@ -549,6 +564,7 @@ class Watcher:
         if self.config.trace == "never":
             return
         for name in self._unexplained(facts):
+            self._sought.add(name)
             if facts.statuses[name] is Status.NONFINITE:
                 self._hunt = MAX_HUNT
             missing = facts.statuses[name] is Status.MISSING
