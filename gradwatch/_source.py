@@ -27,6 +27,8 @@ Step = tuple[CodeType, int]
 """A code object and the instruction that was running."""
 
 _INNER = {"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"}
+_MANY = 3
+"""Functions of one name in a file beyond which a call is not followed: none of them is meant for sure."""
 _FILLERS = {"append", "appendleft", "extend", "add", "insert", "update", "setdefault", "put"}
 _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.Module
 
@@ -115,7 +117,7 @@ class Marks:
 
     def __init__(self, stack: Sequence[Step]) -> None:
         self.shared = _MarkSets()
-        self._functions: dict[CodeType, _Marked] = {}
+        self._functions: dict[ast.AST, _Marked] = {}
         self._answers: dict[Use, bool] = {}
         inner = next(iter(stack), None)
         returned = _Returned(data=True)
@@ -125,7 +127,8 @@ class Marks:
             node = function(step[0])
             if node is None:
                 break
-            marked = self._marked(step[0], node)
+            marked = self._marked(step[0].co_filename, node)
+            marked.know(step[0].co_freevars)
             # The text of a comprehension belongs to the function around it.
             marked.seed(expression(inner or step, node), returned)
             inner, returned = None, marked.returned
@@ -162,24 +165,24 @@ class Marks:
         code = step[0]
         if code.co_name in _INNER:
             return next((m for m in self._functions.values() if m.covers(step)), None)
-        return self._functions.get(code) or self._reached(code)
-
-    def _reached(self, code: CodeType) -> _Marked | None:
-        """Return the marks of a function that the value reaches through names outside of it."""
         node = function(code)
+        return None if node is None else self._functions.get(node) or self._reached(code, node)
+
+    def _reached(self, code: CodeType, node: _Function) -> _Marked | None:
+        """Return the marks of a function that the value reaches through names outside of it."""
         outer = [m for m in self._functions.values() if m.names_among(code.co_freevars)]
-        if node is None or not (outer or self.shared):
+        if not (outer or self.shared):
             return None
-        marked = self._marked(code, node)
+        marked = self._marked(code.co_filename, node)
         for around in outer:
             marked.take_up(around, code.co_freevars)
         marked.spread()
         return marked
 
-    def _marked(self, code: CodeType, node: _Function) -> _Marked:
-        if code not in self._functions:
-            self._functions[code] = _Marked(code, node, self.shared)
-        return self._functions[code]
+    def _marked(self, file: str, node: _Function) -> _Marked:
+        if node not in self._functions:
+            self._functions[node] = _Marked(file, node, self.shared, self._marked)
+        return self._functions[node]
 
 
 def _operands(node: ast.AST, use: Use) -> list[ast.AST]:
@@ -227,17 +230,24 @@ class _MarkSets:
 class _Marked:
     """The marks inside one function."""
 
-    def __init__(self, code: CodeType, node: _Function, shared: _MarkSets) -> None:
+    def __init__(
+        self,
+        file: str,
+        node: _Function,
+        shared: _MarkSets,
+        enter: Callable[[str, _Function], _Marked],
+    ) -> None:
         self.node = node
+        self._enter = enter
         self.returned = _Returned()
         self._shared = shared
         self._own = _MarkSets()
-        self._file = code.co_filename
-        self._locals = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
+        self._file = file
+        self._locals = set(_local_names(node))
+        self._class = _classes_of_methods(file).get(node)
         self._seeds: dict[ast.AST, _Returned] = {}
         self._governed: set[ast.AST] = set()
-        self._defined = _definitions(self._file)
-        """Functions of the same file: a method called `update` there is no container's."""
+        self._seen_shared = 0
 
     # What is asked --------------------------------------------------------------------------------
 
@@ -278,7 +288,7 @@ class _Marked:
 
     def _finds(self, node: ast.AST, marks: set[Key], again: Callable[[ast.AST], bool]) -> bool:
         key = self._key(node)
-        if key is not None and key in marks:
+        if key is not None and (key in marks or _any_class(key) in marks):
             return True
         if isinstance(node, (ast.Name, ast.Attribute)) and any(
             mark[:3] == ("item", *(key or ())[:2]) for mark in marks
@@ -293,7 +303,8 @@ class _Marked:
         if isinstance(node, ast.Name):
             return ("name", node.id) if node.id in self._locals else ("global", node.id, self._file)
         if isinstance(node, ast.Attribute):
-            return "attribute", node.attr
+            own = isinstance(node.value, ast.Name) and node.value.id == "self"
+            return "attribute", node.attr, self._class if own else None
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
             base = self._key(node.value)
             return None if base is None else ("item", *base[:2], node.slice.value)
@@ -312,8 +323,13 @@ class _Marked:
     def take_up(self, around: _Marked, names: Iterable[str]) -> None:
         """Take over the marks that a function around this one has on names that both know."""
         keys = {("name", name) for name in names}
+        self.know(names)
         self._own.data |= around._own.data & keys
         self._own.chosen |= around._own.chosen & keys
+
+    def know(self, names: Iterable[str]) -> None:
+        """Take names of a function around this one for its own."""
+        self._locals |= set(names)
 
     def spread(self) -> None:
         """Mark what follows from the marks until nothing is added."""
@@ -334,15 +350,24 @@ class _Marked:
                 self._governed.update(node.body)
         elif isinstance(node, ast.withitem) and node.optional_vars is not None:
             self._assign([node.optional_vars], node.context_expr)
-        elif isinstance(node, ast.Call):
-            self._fill(node)
-        elif isinstance(node, (ast.If, ast.While)) and self.depends(node.test):
+        elif isinstance(node, (ast.If, ast.While)):
             self._govern(node)
         elif isinstance(node, (ast.Return, ast.Yield)) and node.value is not None:
             self._return(node.value)
+        else:
+            self._visit_expression(node)
+
+    def _visit_expression(self, node: ast.AST) -> None:
+        if isinstance(node, ast.Call):
+            if not self._pass_on(node):
+                self._fill(node)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and self._shared:
+            self._read_property(node)
 
     def _govern(self, node: ast.If | ast.While) -> None:
-        """Note what a condition chooses: its branches, and the loop that it may end."""
+        """Note what a marked condition chooses: its branches, and the loop that it may end."""
+        if not (self.depends(node.test) or self.chooses(node.test)):
+            return
         if all(isinstance(statement, ast.Raise) for statement in node.body):
             return
         self._governed.update((*node.body, *node.orelse))
@@ -392,15 +417,57 @@ class _Marked:
             if key is not None:
                 is_local = "name" in key[:2]
                 sets = self._own if is_local else self._shared
+                keys = _readings(key)
                 if data:
-                    sets.data.add(key)
+                    sets.data |= keys
                 if chosen:
-                    sets.chosen.add(key)
+                    sets.chosen |= keys
+
+    def _pass_on(self, call: ast.Call) -> bool:
+        """Follow the value into functions of the same file that a call hands it to."""
+        called = _definitions(self._file).get(_called(call), ())
+        if not called or len(called) > _MANY:
+            return False
+        for node in called:
+            given = _parameters_given(call, node, self.depends)
+            governed = self.governs(call)
+            if not (given or governed or self._shared):
+                continue
+            inner = self._enter(self._file, node)
+            if inner.receive(given, governed=governed):
+                self._seeds[call] = inner.returned
+        return True
+
+    def _read_property(self, node: ast.Attribute) -> None:
+        """Follow the value out of a property that reads what is marked."""
+        for called in _definitions(self._file).get(node.attr, ())[:_MANY]:
+            if any(_last_name(d).endswith("property") for d in called.decorator_list):
+                inner = self._enter(self._file, called)
+                if inner.receive(frozenset(), governed=False):
+                    self._seeds[node] = inner.returned
+
+    def receive(self, names: frozenset[str], *, governed: bool) -> bool:
+        """Mark arguments of this function; return whether its caller gets anything of the value back.
+
+        Args:
+            names: The arguments.
+            governed: Whether the call itself was chosen, and with it all that the function does.
+        """
+        keys = {("name", name) for name in names}
+        news = not keys <= self._own.data or self._seen_shared != len(self._shared)
+        self._seen_shared = len(self._shared)
+        self._own.data |= keys
+        if governed and isinstance(self.node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            news = news or not self._governed.issuperset(self.node.body)
+            self._governed.update(self.node.body)
+        if news:
+            self.spread()
+        return self.returned.data or self.returned.chosen
 
     def _fill(self, call: ast.Call) -> None:
         """Mark a container into which a value was put, or that the value chose to fill."""
         method = call.func
-        if isinstance(method, ast.Attribute) and method.attr in _FILLERS - self._defined:
+        if isinstance(method, ast.Attribute) and method.attr in _FILLERS:
             values = [*call.args, *(keyword.value for keyword in call.keywords)]
             self._mark(
                 method.value,
@@ -410,10 +477,69 @@ class _Marked:
 
 
 @lru_cache(maxsize=256)
-def _definitions(file: str) -> frozenset[str]:
+def _definitions(file: str) -> dict[str, tuple[ast.FunctionDef | ast.AsyncFunctionDef, ...]]:
+    """Return the functions of a file by their names; methods of several classes may share one."""
+    found: dict[str, tuple[ast.FunctionDef | ast.AsyncFunctionDef, ...]] = {}
     module = tree(file)
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    return frozenset(n.name for n in ast.walk(module or ast.Pass()) if isinstance(n, functions))
+    for node in () if module is None else ast.walk(module):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            found[node.name] = (*found.get(node.name, ()), node)
+    return found
+
+
+def _parameters_given(
+    call: ast.Call,
+    node: ast.FunctionDef | ast.AsyncFunctionDef,
+    depends: Callable[[ast.AST], bool],
+) -> frozenset[str]:
+    """Return the names under which a function gets the arguments of a call that hold the value."""
+    names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+    if names[:1] in (["self"], ["cls"]):
+        names = names[1:]
+    given = {name for name, value in zip(names, call.args, strict=False) if depends(value)}
+    known = {*names, *(argument.arg for argument in node.args.kwonlyargs)}
+    given |= {k.arg for k in call.keywords if k.arg in known and depends(k.value)}
+    return frozenset(given)
+
+
+@lru_cache(maxsize=1024)
+def _local_names(node: _Function) -> frozenset[str]:
+    """Return the names that belong to a function: its arguments, and what it assigns."""
+    if isinstance(node, ast.Module):
+        return frozenset()
+    names: set[str] = set()
+    shared: set[str] = set()
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.arg):
+            names.add(inner.arg)
+        elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+            names.add(inner.id)
+        elif isinstance(inner, ast.Global):
+            shared.update(inner.names)
+    return frozenset(names - shared)
+
+
+def _readings(key: Key) -> set[Key]:
+    """Return the keys under which a marked thing may be read: an attribute also of an unknown object."""
+    if key[0] != "attribute":
+        return {key}
+    return {key, (*key[:2], None)} if key[2] is not None else {key, (*key[:2], "any")}
+
+
+def _any_class(key: Key) -> Key | None:
+    """Return the key of an attribute that was marked on an object of unknown class."""
+    return (*key[:2], "any") if key[0] == "attribute" else None
+
+
+@lru_cache(maxsize=256)
+def _classes_of_methods(file: str) -> dict[ast.AST, str]:
+    module = tree(file)
+    return {
+        method: cls.name
+        for cls in (() if module is None else ast.walk(module))
+        if isinstance(cls, ast.ClassDef)
+        for method in cls.body
+    }
 
 
 def _selects(node: ast.AST) -> bool:

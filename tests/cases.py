@@ -602,6 +602,86 @@ class LossOfANumber(Case):
         return torch.tensor(number, requires_grad=True)
 
 
+class KeptByAnObject(Case):
+    expect = {"left_torch": ENC}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = Controller()
+
+    def forward(self, x):
+        self.beta.step(self.enc(x).mean().item())  # <- here
+        return (self.head(x) * self.beta.value).mean()
+
+
+class Controller:
+    def __init__(self) -> None:
+        self.value = 1.0
+        self.level = 0
+        self.count = 0
+
+    def step(self, gap: float) -> None:
+        """Adapt the weight."""
+        self.value = 1.0 / (1.0 + math.exp(-gap))
+        if gap > -100:
+            self.level += 1
+
+    def update(self, gap: float) -> None:
+        """Count, and keep nothing."""
+        del gap
+        self.count += 1
+
+    @property
+    def doubled(self) -> float:
+        """Twice the weight."""
+        return 2 * self.value
+
+
+class ReadThroughAProperty(KeptByAnObject):
+    def forward(self, x):
+        self.beta.step(self.enc(x).mean().item())  # <- here
+        return (self.head(x) * self.beta.doubled).mean()
+
+
+class LevelOfACurriculum(KeptByAnObject):
+    def forward(self, x):
+        self.beta.step(self.enc(x).mean().item())  # <- here
+        out = self.head(x)
+        if self.beta.level > 0:
+            out = out * 2
+        return out.mean()
+
+
+class CountedOnly(KeptByAnObject):
+    """A method called `update` that does not keep its argument is no way to the loss."""
+
+    expect = {"not_in_loss": ENC}
+
+    def forward(self, x):
+        aux = self.enc(x).mean()  # <- here
+        self.beta.update(aux.item())
+        return (self.head(x) / (1 + self.beta.count)).mean()
+
+
+class CheckedByTorch(Case):
+    """What a distribution asks of its own arguments hands nothing to the user."""
+
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        policy = torch.distributions.Categorical(logits=self.enc(x))
+        entropy = policy.entropy().mean().item()  # <- here
+        return self.head(x).mean() * (0.5 * entropy)
+
+
+class AddedToData(Case):
+    expect = {"detached": ENC}
+
+    def forward(self, x):
+        self.head.weight.data += self.enc(x)[:1]  # <- here
+        return self.head(x).mean()
+
+
 class ReturnedWithALog(Case):
     """A number in the tuple beside the loss is a log entry, and no way to the loss."""
 

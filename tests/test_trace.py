@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from gradwatch import Status, diagnose
 from gradwatch._calls import Kind, Wrapper, public_name, traits_of
 from gradwatch._trace import Trace
 
@@ -266,3 +267,32 @@ def test_a_write_is_known_by_its_name():
     reading = [torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.requires_grad_]
 
     assert [traits_of(f).writes for f in writing + reading] == [True] * 3 + [False] * 3
+
+
+def test_many_writes_beside_a_live_view_stay_cheap():
+    """Each write gives each live alias one new value, however many writes there were before."""
+    model = nn.Linear(2, 2)
+
+    def run():
+        buffer = torch.zeros(64, 2)
+        flat = buffer.view(-1)
+        for row in range(60):
+            buffer[row] = model(ROW)[0]
+        flat.sum()
+
+    trace = traced(model, run=run)
+
+    writes = [op for op in trace.ops if op.kept]
+    assert [len(op.outputs) for op in writes] == [2] * 60
+
+
+def test_a_broken_trace_still_tells_who_got_a_gradient(monkeypatch):
+    """After a failure of ours nothing is called missing that has a gradient."""
+    monkeypatch.setattr(Trace, "_finish_simple", lambda *_: 1 / 0)
+    model = nn.Linear(2, 1)
+
+    with diagnose(model) as diagnosis:
+        model(ROW).sum().backward()
+
+    assert list(diagnosis.report.statuses.values()) == [Status.OK] * 2
+    assert diagnosis.report.diagnoses == ()

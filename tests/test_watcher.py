@@ -525,6 +525,29 @@ def test_a_lasting_relapse_is_diagnosed_anew():
     assert [(d.step, d.healed_at) for d in run.watcher.diagnoses] == [(0, 1), (12, None)]
 
 
+def test_a_parameter_of_an_optimizer_that_steps_in_turn_is_diagnosed():
+    """A trace that met another optimizer's step is repeated until the sought one steps."""
+
+    class Turns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.never = (nn.Linear(2, 1) for _ in range(3))
+
+    model = Turns()
+    first = torch.optim.SGD(model.a.parameters(), 0.1)
+    second = torch.optim.SGD([*model.b.parameters(), *model.never.parameters()], 0.1)
+
+    with Watcher(model, PATIENT, optimizers=[first, second]) as watcher:
+        for i in range(8):
+            layer, optimizer = ((model.a, first), (model.b, second))[i % 2]
+            with watcher.step():
+                optimizer.zero_grad()
+                layer(batch()).sum().backward()
+                optimizer.step()
+
+    assert found(watcher.diagnoses) == [(Cause.UNUSED, ("never.weight", "never.bias"))]
+
+
 def test_what_comes_and_goes_is_said_once():
     """A branch that is dropped in some steps is diagnosed once, and healed once."""
     with Run(Fork("left", "right"), PATIENT) as run:
