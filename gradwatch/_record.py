@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from gradwatch._frames import Place
 
 
-# NOTE [Cheap records] One value and one operation are made for every call of a traced step: most facts
-# are rare, and stay defaults of the class until they are set.
+# NOTE [Cheap records] One value and one operation are made for every call of a traced step. What all of
+# them have lies in slots; what is rare is a default of the class below, until an instance is given a
+# dictionary for it. That is one object for the garbage collector, and not two.
 
 
-class Value:
-    """A tensor's content between two writes."""
+class _RareOfValue:
+    __slots__ = ()
 
     parameter: str | None = None
     """Name of the parameter whose content it is."""
@@ -40,6 +41,12 @@ class Value:
     alien: weakref.ref[Tensor] | None = None
     """That leaf."""
 
+
+class Value(_RareOfValue):
+    """A tensor's content between two writes."""
+
+    __slots__ = ("__dict__", "producer", "settled", "tracked")
+
     def __init__(self, producer: int | None = None, tracked: bool = False) -> None:  # noqa: FBT001, FBT002
         self.producer = producer
         """Number of the operation that made it; None for what was there before."""
@@ -49,8 +56,8 @@ class Value:
         """Whether it had a ``grad_fn``, or wanted a gradient as a leaf, when it was last looked at."""
 
 
-class Op:
-    """One call, with the numbers of the values it read and made."""
+class _RareOfOp:
+    __slots__ = ()
 
     wrapper: Wrapper | None = None
     inner: Place | None = None
@@ -66,6 +73,22 @@ class Op:
     arguments and text do not correspond."""
     arity: int = 0
     """How many positional arguments it had."""
+
+
+class Op(_RareOfOp):
+    """One call, with the numbers of the values it read and made."""
+
+    __slots__ = (
+        "__dict__",
+        "func",
+        "grad_mode",
+        "index",
+        "inputs",
+        "kind",
+        "module",
+        "outputs",
+        "place",
+    )
 
     def __init__(  # noqa: PLR0917 -- keywords cost, see above
         self,
