@@ -568,7 +568,9 @@ def parse(text: str) -> Any:
     parser.add_argument("--file", action="config")
     parser.add_class_arguments(Watching, "watching")
     parsed = parser.parse_args(["--file", write(text, "cli.yaml")])
-    return parser.instantiate(parsed).watching.config
+    # jsonargparse renamed the method on the way to its version 5.
+    build = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    return build(parsed).watching.config
 
 
 def test_parser_takes_nested_yaml():
