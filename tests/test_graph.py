@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from gradwatch._graph import walk, watched_backward
+from tests.cases import ReturnsNone
 
 KEY = "test"
 
@@ -46,20 +47,10 @@ def test_inner_nodes_belong_to_the_operation_that_was_called():
     ]
 
 
-class Withholds(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, y):
-        return x + y
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, grad
-
-
 def test_a_function_that_returns_none_withholds():
     """The node that gave no gradient is named for the leaf behind it, and for no other."""
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    passed = watched(tag(Withholds.apply(a * 1, b * 1), 5).sum(), sizes=False)
+    passed = watched(tag(ReturnsNone.apply(a * 1, b * 1), 5).sum(), sizes=False)
 
     assert [node.tag for node in passed.withholders(id(a))] == [5]
     assert passed.withholders(id(b)) == []
