@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,17 @@ class Traits:
     kind: Kind = Kind.PLAIN
     writes: bool = False
     """Whether it changes its first argument."""
+    # An enum's member costs ten times as much to look up as these, which are asked of every call.
+    ignored: bool = field(init=False)
+    simple: bool = field(init=False)
+    """Whether it reads its arguments, makes something new, and does nothing else."""
+    backward: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Answer once what every call is asked."""
+        object.__setattr__(self, "ignored", self.kind is Kind.IGNORED)
+        object.__setattr__(self, "simple", self.kind is Kind.PLAIN and not self.writes)
+        object.__setattr__(self, "backward", self.kind in {Kind.BACKWARD, Kind.GRAD})
 
 
 def _words(text: str, kind: Kind) -> dict[str, Kind]:

@@ -62,7 +62,7 @@ class Inspection(BackwardListener):
         on_step: Called with the names of the parameters that an optimizer is about to write.
 
     Cost:
-        About the time of a dozen small operations for each one, and as much again with ``sizes``.
+        About the time of three small operations for each one, and as much again with ``sizes``.
     """
 
     def __init__(

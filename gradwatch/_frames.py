@@ -49,6 +49,8 @@ class Place(NamedTuple):
 # NOTE [Codes by id] Python hashes the whole content of a code object at every look-up, which costs
 # microseconds: they are looked up by `id`, and kept in the value so that no other takes its place.
 _OWNERS: dict[int, tuple[Owner, CodeType]] = {}
+_PASSED: set[int] = set()
+"""Those of the machinery, which most frames of a step belong to."""
 _BY_FILE: dict[str, Owner] = {}
 _DISPATCHERS = tuple(f"{os.sep}torch{os.sep}{name}" for name in ("overrides.py", "_tensor.py"))
 _PLACES: dict[tuple[int, int, bool], Place] = {}
@@ -119,22 +121,27 @@ def here(frame: FrameType | None) -> Place | None:
     Cost:
         One step per frame of the machinery, a fraction of a microsecond each.
     """
-    known = _OWNERS
-    by_trainer = False
+    passed, by_trainer = _PASSED, False
     while frame is not None:
         code = frame.f_code
-        found = known.get(id(code))
-        whose = owner(code) if found is None else found[0]
+        if id(code) in passed:
+            frame = frame.f_back
+            continue
+        key = (id(code), frame.f_lasti, by_trainer)
+        place = _PLACES.get(key)
+        if place is not None:
+            return place
+        whose = owner(code)
         if whose is Owner.USER:
-            key = (id(code), frame.f_lasti, by_trainer)
-            place = _PLACES.get(key)
-            if place is None:
-                place = _PLACES[key] = Place(code, frame.f_lasti, None, by_trainer)
+            place = _PLACES[key] = Place(code, frame.f_lasti, None, by_trainer)
             return place
         if whose is Owner.LIBRARY:
             caller = _user_above(frame.f_back)
             return Place(frame.f_code, frame.f_lasti, caller, by_trainer)
-        by_trainer = by_trainer or whose is Owner.TRAINER
+        if whose is Owner.TRAINER:
+            by_trainer = True
+        else:
+            passed.add(id(code))
         frame = frame.f_back
     return None
 

@@ -186,73 +186,86 @@ def watched_backward(roots: list[Tensor], tag_key: str, *, sizes: bool) -> Itera
     """
     passed = Passed()
     passed.nodes, found = walk(roots, tag_key)
-    measured: dict[tuple[int, int], Tensor | float] = {}
+    measured: list[tuple[tuple[int, int], Tensor]] | None = [] if sizes else None
     handles = []
     for number, node in enumerate(found):
         entry = passed.nodes[number]
         if entry.leaf is None and (sizes or entry.custom):
-            handles.append(
-                node.register_hook(_observer(passed, number, measured if sizes else None))
-            )
+            handles.append(node.register_hook(_observer(passed, number, measured)))
     del found
     try:
         yield passed
     finally:
         for handle in handles:
             handle.remove()
-        passed.sizes = _to_host(measured)
+        passed.sizes.update(_to_host(measured or []))
 
 
-def _observer(passed: Passed, number: int, measured: dict[tuple[int, int], Any] | None) -> Any:
-    node = passed.nodes[number]
+def _observer(
+    passed: Passed, number: int, measured: list[tuple[tuple[int, int], Tensor]] | None
+) -> Any:
+    children = passed.nodes[number].children
+    positions = tuple(position for position, child in enumerate(children) if child >= 0)
 
     def observe(grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]) -> None:
         try:
-            look(grad_inputs, grad_outputs)
+            missing: tuple[int, ...] = ()
+            for position in positions:
+                gradient = grad_inputs[position]
+                if gradient is None:
+                    missing = (*missing, position)
+                elif measured is not None:
+                    size = _size(gradient)
+                    if isinstance(size, float):
+                        passed.sizes[number, position] = size
+                    else:
+                        measured.append(((number, position), size))
+            if missing and any(gradient is not None for gradient in grad_outputs):
+                passed.withheld[number] = missing
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             passed.broken = error
-
-    def look(grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]) -> None:
-        if any(gradient is not None for gradient in grad_outputs):
-            missing = tuple(
-                position
-                for position, gradient in enumerate(grad_inputs)
-                if gradient is None
-                and position < len(node.children)
-                and node.children[position] >= 0
-            )
-            if missing:
-                passed.withheld[number] = missing
-        if measured is not None:
-            for position, gradient in enumerate(grad_inputs):
-                if gradient is not None:
-                    measured[number, position] = _size(gradient)
 
     return observe
 
 
-def _size(gradient: Tensor) -> Tensor | float:
-    """Return the largest absolute value of a gradient, on its own device."""
-    with torch.no_grad():
-        values = gradient.detach()
-        if values.layout is not torch.strided:
-            values = values.coalesce().values() if values.is_sparse else values.to_dense()
-        if values.numel() == 0:
-            return -1.0
-        largest: Tensor = torch.linalg.vector_norm(values, math.inf)
-        return largest.float()
+def _size(gradient: Tensor) -> float | Tensor:
+    """Return the largest absolute value of a gradient; on another device than the CPU as a tensor."""
+    if gradient.layout is not torch.strided or torch.is_grad_enabled():
+        with torch.no_grad():
+            gradient = gradient.detach()
+            if gradient.is_sparse:
+                gradient = gradient.coalesce().values()
+            elif gradient.layout is not torch.strided:
+                gradient = gradient.to_dense()
+    if gradient.numel() == 0:
+        return -1.0
+    if type(gradient) is not Tensor or gradient.is_complex():
+        largest: Tensor = torch.linalg.vector_norm(gradient, math.inf)
+        return largest
+    least, most = torch.aminmax(gradient if gradient.is_contiguous() else _contiguous(gradient))
+    if gradient.is_cpu:
+        # NOTE [No small tensors] Thousands of them, alive until the pass ends, would lie between the
+        # large blocks of the heap: malloc could not give those back, and the peak would be higher.
+        return max(abs(least.item()), abs(most.item()))
+    return torch.maximum(most, -least)
 
 
-def _to_host(measured: dict[tuple[int, int], Any]) -> dict[tuple[int, int], float]:
-    """Copy all measurements in one transfer per device."""
-    by_device: dict[torch.device, list[tuple[int, int]]] = {}
+def _contiguous(gradient: Tensor) -> Tensor:
+    """Return a view with the same values in the order of memory, which is read ten times as fast."""
+    for dimension, stride in enumerate(gradient.stride()):
+        if stride == 0:
+            gradient = gradient.narrow(dimension, 0, 1)
+    strides = gradient.stride()
+    return gradient.permute(sorted(range(gradient.dim()), key=lambda i: -strides[i]))
+
+
+def _to_host(measured: list[tuple[tuple[int, int], Tensor]]) -> dict[tuple[int, int], float]:
+    """Copy all measurements in one transfer per device and type."""
+    groups: dict[Any, list[tuple[tuple[int, int], Tensor]]] = {}
+    for key, size in measured:
+        groups.setdefault((size.device, size.dtype), []).append((key, size))
     done: dict[tuple[int, int], float] = {}
-    for key, size in measured.items():
-        if isinstance(size, float):
-            done[key] = size
-        else:
-            by_device.setdefault(size.device, []).append(key)
-    for keys in by_device.values():
-        values = torch.stack([measured[key] for key in keys]).tolist()
-        done.update(zip(keys, values, strict=True))
+    for group in groups.values():
+        values = torch.stack([size for _, size in group]).tolist()
+        done.update(zip((key for key, _ in group), values, strict=True))
     return done

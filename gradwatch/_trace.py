@@ -21,10 +21,8 @@ import sys
 import threading
 import weakref
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import compress, count
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -72,12 +70,17 @@ _traces = count()
 _eager = 0
 _stance = ExitStack()
 _log = logging.getLogger("gradwatch")
+_PLAIN = Kind.PLAIN
+_NO_TENSORS = frozenset({int, float, bool, str, type(None), slice, torch.dtype, torch.device})
 
 
-@dataclass(slots=True)
-class _Entry:
-    ref: weakref.ref[Tensor]
+class _Entry(weakref.ref[Tensor]):
+    """A tensor, held weakly: one object, since one is made for every operation."""
+
+    __slots__ = ("value", "version")
+
     value: int
+    """Number of its present content."""
     version: int
 
 
@@ -122,7 +125,7 @@ class Trace(Record):
         listener: Told of each backward pass.
 
     Cost:
-        About the time of ten small operations for each one. No kernel, no synchronization, no random
+        About the time of two or three small operations for each one. No kernel, no synchronization, no random
         number.
     """
 
@@ -266,7 +269,7 @@ class Trace(Record):
             if self.recording:
                 read.extend(inner.parameters())
                 call = _Call(type(module).forward, Traits(), (), read)
-                self._number(call)
+                call.numbers = [self._read(tensor) for tensor in read]
                 self._finish(call, output, sys._getframe(1))
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
@@ -275,7 +278,7 @@ class Trace(Record):
     def _note_registration(self, module: nn.Module, name: str, parameter: Any) -> None:
         del module, name
         entry = self._known.get(id(parameter))
-        is_new = entry is None or entry.ref() is not parameter
+        is_new = entry is None or entry() is not parameter
         if self.recording and isinstance(parameter, Tensor) and is_new:
             self._wraps[id(parameter)] = _frames.here(sys._getframe(1))
 
@@ -320,7 +323,8 @@ class Trace(Record):
         except (RuntimeError, NotImplementedError, ValueError):  # rare kinds of tensors
             version, memory = version_of(tensor), memory_of(tensor)
             self.opaque = self.opaque or (memory is None and tensor.layout is torch.strided)
-        entry = self._known[id(tensor)] = _Entry(weakref.ref(tensor), number, version)
+        entry = self._known[id(tensor)] = _Entry(tensor)
+        entry.value, entry.version = number, version
         if memory:
             sharing = self._storages.setdefault(memory, {})
             sharing.pop(id(tensor), None)
@@ -329,7 +333,7 @@ class Trace(Record):
 
     def _read(self, tensor: Tensor) -> int:
         entry = self._known.get(id(tensor))
-        if entry is None or entry.ref() is not tensor:
+        if entry is None or entry() is not tensor:
             return self._discover(tensor)
         value = self.values[entry.value]
         if value.parameter is not None:
@@ -388,7 +392,7 @@ class Trace(Record):
         for entry in reversed(self._storages.get(memory_of(tensor) or 0, {}).values()):
             # The memory of a dead tensor may have been given to a new one: only a leaf that wants a
             # gradient is taken for its heir.
-            if entry.ref() is not None or tensor.requires_grad:
+            if entry() is not None or tensor.requires_grad:
                 return entry.value
         return None
 
@@ -424,20 +428,21 @@ class Trace(Record):
     def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the user's program, and note what it read and made."""
         traits = traits_of(func)
-        kind = traits.kind
-        if kind is Kind.IGNORED:
+        if traits.ignored:
             return func(*args, **kwargs)
         frame = sys._getframe(2)
         if self._closures and _frames.is_optimizer(frame.f_code):
             return func(*args, **kwargs)
-        if kind is Kind.BACKWARD or kind is Kind.GRAD:
+        if traits.backward:
             return self._backward(func, traits, args, kwargs)
-        simple = kind is Kind.PLAIN and not traits.writes and not self._exited
+        simple = traits.simple and not self._exited
+        call: _Call | None = None
+        numbers: list[int] = []
         try:
-            call = _Call(func, traits, args, read_by(args, kwargs))
             if simple:
-                self._number(call)
+                numbers = self._numbers(args, kwargs)
             else:
+                call = _Call(func, traits, args, read_by(args, kwargs))
                 self._begin(call, kwargs)
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
@@ -448,59 +453,64 @@ class Trace(Record):
             self.failed = (_frames.here(frame), func)
             raise
         try:
-            if not (simple and self._finish_simple(call, result, frame)):
-                self._finish(call, result, frame)
+            if simple and self._finish_simple(func, numbers, result, frame):
+                return result
+            if call is None:
+                call = _Call(func, traits, args, read_by(args, kwargs))
+                call.numbers = numbers
+            self._finish(call, result, frame)
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
         return result
 
-    # NOTE [Hot path] Most calls read tensors and make one new one. For them ``_number`` and
+    # NOTE [Hot path] Most calls read tensors and make one new one. For them ``_numbers`` and
     # ``_finish_simple`` do in two pieces what ``_begin``, ``_finish``, ``_append``, ``_produce`` and
     # ``_register`` do in many: a call of a Python function costs as much as the rest of the work.
 
-    def _number(self, call: _Call) -> None:
-        known, values, numbers = self._known, self.values, call.numbers
-        for tensor in call.read:
-            entry = known.get(id(tensor))
-            if entry is not None and entry.ref() is tensor and values[entry.value].settled:
-                numbers.append(entry.value)
-            else:
-                numbers.append(self._read(tensor))
+    def _numbers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+        """Return the numbers of the values that a call is given."""
+        known, values, numbers = self._known, self.values, []
+        arg: Any
+        for arg in (*args, *kwargs.values()) if kwargs else args:
+            entry = known.get(id(arg))
+            if entry is not None and arg is entry():
+                number = entry.value
+                numbers.append(number if values[number].settled else self._read(arg))  # type: ignore[arg-type]
+            elif type(arg) not in _NO_TENSORS:
+                numbers.extend(map(self._read, tensors_in((arg,))))
+        return numbers
 
-    def _finish_simple(self, call: _Call, result: Any, frame: Any) -> bool:
+    def _finish_simple(self, func: Any, numbers: list[int], result: Any, frame: Any) -> bool:
         """Note an operation that made one new tensor, with gradients on; return whether it did."""
         if not isinstance(result, Tensor) or not torch.is_grad_enabled():
             return False
-        for tensor in call.read:
-            if tensor is result:
-                return False
+        key = id(result)
+        entry = self._known.get(key)
+        if entry is not None and entry() is result:
+            return False
         node: Any = result.grad_fn
         try:
             version, memory = result._version, result.untyped_storage().data_ptr()
         except (RuntimeError, NotImplementedError, ValueError):  # rare kinds of tensors
             return False
         index, number = len(self.ops), len(self.values)
-        op = Op(
-            index,
-            call.func,
-            Kind.PLAIN,
-            tuple(call.numbers),
-            _frames.here(frame),
-            self._running[-1][0] if self._running else "",
-        )
+        module = self._running[-1][0] if self._running else ""
+        op = Op(index, func, _PLAIN, tuple(numbers), _frames.here(frame), module)
         op.outputs = (number,)
         self.ops.append(op)
-        if node is not None:
+        tracked = node is not None
+        if tracked:
             node.metadata[self.tag] = index
-        self.values.append(Value(index, node is not None))
-        entry = self._known[id(result)] = _Entry(ref(result), number, version)
+        self.values.append(Value(index, tracked))
+        entry = self._known[key] = _Entry(result)
+        entry.value, entry.version = number, version
         if memory:
             sharing = self._storages.get(memory)
             if sharing is None:
-                self._storages[memory] = {id(result): entry}
+                self._storages[memory] = {key: entry}
             else:
-                sharing.pop(id(result), None)
-                sharing[id(result)] = entry
+                sharing.pop(key, None)
+                sharing[key] = entry
         return True
 
     def _begin(self, call: _Call, kwargs: dict[str, Any]) -> None:
@@ -515,7 +525,7 @@ class Trace(Record):
             call.read = []
         elif kind is Kind.SET_DATA:
             call.read = call.read[1:]
-        self._number(call)
+        call.numbers = [self._read(tensor) for tensor in call.read]
         if self._exited:
             call.numbers += [self._floats[x] for x in fractions_in(args) if x in self._floats]
             call.plain = self._plain_arguments(args, kwargs)
@@ -608,7 +618,7 @@ class Trace(Record):
         if op.kind not in {Kind.SEVER, Kind.SET_DATA}:  # those change one tensor, not the memory
             sharing = self._storages.get(memory_of(tensor) or 0, {})
             for key, entry in list(sharing.items()):
-                alias = entry.ref()
+                alias = entry()
                 if alias is None:
                     del sharing[key]
                 elif alias is not tensor:
@@ -622,7 +632,7 @@ class Trace(Record):
     def _rewrite(self, target: Tensor, op: Op) -> tuple[int, int]:
         """Give a tensor a new value; return its number, and that of the one it had before."""
         known = self._known.get(id(target))
-        before = self._read(target) if known is None or known.ref() is not target else known.value
+        before = self._read(target) if known is None or known() is not target else known.value
         old = self.values[before]
         number = self._produce(target, op)
         if old.parameter is not None and target.is_leaf:

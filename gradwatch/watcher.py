@@ -98,7 +98,7 @@ class Watcher:
     Cost:
         On an unlogged step, passes over ``.grad`` alone: no kernel, no synchronization. On a logged one
         a fused norm and one copy to the host. A traced step (at most 10 a run) costs the
-        time of a dozen small operations for each one.
+        time of five small operations for each one.
 
     Example:
         >>> import torch
@@ -650,7 +650,7 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
         model: The module whose parameters are asked about.
 
     Cost:
-        About the time of two dozen small operations for each one: a pass of large ones hardly notices.
+        About the time of five small operations for each one: a pass of large ones hardly notices.
 
     Example:
         >>> import torch

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from torch import nn
 
-from gradwatch._graph import walk, watched_backward
+from gradwatch._graph import _size, walk, watched_backward
 from tests.cases import ReturnsNone
 
 KEY = "test"
@@ -110,3 +113,32 @@ def test_no_hook_stays_on_the_graph():
     loss.backward()
 
     assert passed.sizes == before
+
+
+def test_a_size_is_exact_in_every_order_of_memory():
+    """Expanded, transposed, sliced, tiny, huge and infinite gradients have their largest absolute value."""
+    matrix = torch.tensor([[1.0, -7.0, 2.0], [3.0, 0.0, 5.0]])
+    gradients = {
+        "expanded": torch.tensor([-2.0, 1.0]).expand(3, 2),
+        "transposed": matrix.t(),
+        "sliced": matrix[:, ::2],
+        "of one number": torch.tensor(-3.0).expand(4, 4),
+        "tiny": torch.tensor([0.0, -1e-30]),
+        "huge": torch.tensor([1e30, 0.0]),
+        "infinite": torch.tensor([1.0, -torch.inf]),
+        "half": torch.tensor([0.5, -4.0], dtype=torch.float16),
+        "empty": torch.zeros(0),
+    }
+
+    assert {name: _size(gradient) for name, gradient in gradients.items()} == {
+        "expanded": 2.0,
+        "transposed": 7.0,
+        "sliced": 5.0,
+        "of one number": 3.0,
+        "tiny": pytest.approx(1e-30),
+        "huge": pytest.approx(1e30),
+        "infinite": torch.inf,
+        "half": 4.0,
+        "empty": -1.0,
+    }
+    assert math.isnan(_size(torch.tensor([1.0, torch.nan, 2.0])))

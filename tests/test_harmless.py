@@ -375,7 +375,7 @@ FAULTS = [
     "gradwatch._stats.Sensor.restart",
     "gradwatch._trace.Trace._append",
     "gradwatch._trace.Trace._finish_simple",
-    "gradwatch._trace.Trace._number",
+    "gradwatch._trace.Trace._numbers",
     "gradwatch._trace.Trace._begin",
     "gradwatch._trace.Trace._finish",
     "gradwatch._trace.Trace._note_module",
