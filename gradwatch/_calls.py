@@ -47,6 +47,8 @@ class Kind(Enum):
     """A new leaf that appeared over a computed value's memory: ``nn.Parameter(h)``."""
     LINK = auto()
     """Made out of sight, and linked through its ``grad_fn``: the result of a custom Function."""
+    OPAQUE = auto()
+    """Ran where nothing is seen: a module of TorchScript."""
     BACKWARD = auto()
     """Runs a backward pass that fills ``.grad``."""
     GRAD = auto()
@@ -246,6 +248,27 @@ def find_wrapper(
     if not copies and off_depth is not None and off_depth < _frames.depth(outer):
         return None
     return kind, _frames.here(outer.f_back)
+
+
+_NO_SCRIPT: dict[int, CodeType] = {}  # see NOTE [Codes by id]
+
+
+def calls_script(frame: FrameType) -> bool:
+    """Tell whether a frame's code names a function of TorchScript, whose inside nothing sees.
+
+    Found are globals, local variables, and attributes of objects in local variables.
+    """
+    code = frame.f_code
+    if id(code) in _NO_SCRIPT:
+        return False
+    known = frame.f_locals
+    held = [getattr(value, "__dict__", {}) for value in known.values()]
+    for name in (*code.co_names, *known):
+        for home in (frame.f_globals, known, *held):
+            if isinstance(home.get(name), torch.jit.ScriptFunction):
+                return True
+    _NO_SCRIPT[id(code)] = code
+    return False
 
 
 def dynamo_is_loaded() -> bool:

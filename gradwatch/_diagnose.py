@@ -284,6 +284,9 @@ class Inspection(BackwardListener):
     def _judge(self, cut: Cut) -> Finding:
         op = cut.op
         cause = _cause(op)
+        if cause is Cause.UNDETERMINED:
+            notes = (_words.inside_script(_frames.site_of(op.place)), _words.RULED_OUT)
+            return Finding(cause, notes=notes)
         leaves = cut.left_through
         if leaves is not None and (
             cause in {Cause.DETACHED, Cause.NO_GRAD} or leaves.name == "torch.Tensor.__bool__"
@@ -309,9 +312,10 @@ class Inspection(BackwardListener):
 
     def _without_path(self, name: str, flow: Flow) -> Finding:
         reads = [op for op in flow.reads.get(name, ()) if self._is_use(op, name)]
-        if reads and name in flow.dropped:
+        hidden = self._in_transforms(flow)
+        if hidden is None and reads and name in flow.dropped:
             return self._at(Cause.NOT_IN_LOSS, flow.dropped[name])
-        hidden = self._hidden(name)
+        hidden = hidden or self._hidden(name)
         if hidden is not None:
             return Finding(Cause.UNDETERMINED, notes=(hidden, _words.RULED_OUT))
         for look in (self._made_before, self._replaced):
@@ -352,6 +356,13 @@ class Inspection(BackwardListener):
         path = name.rpartition(".")[0]
         if path in self.trace.elsewhere:
             return _words.on_another_thread(path)
+        return None
+
+    def _in_transforms(self, flow: Flow) -> str | None:
+        """Return what may have carried a value to the loss out of sight, where there is such a thing."""
+        for number, place in self.trace.scripted.items():
+            if number in flow.reaching:
+                return _words.inside_script(_frames.site_of(place))
         return _words.INSIDE_TRANSFORMS if self.trace.opaque else None
 
     def _made_before(self, name: str, flow: Flow) -> Finding | None:
@@ -447,15 +458,24 @@ def _cause_in(functions: frozenset[str]) -> Cause:
     return Cause.DETACHED
 
 
+_BY_KIND = {
+    Kind.SEVER: Cause.DETACHED,
+    Kind.REWRAP: Cause.DETACHED,
+    Kind.SET_DATA: Cause.DETACHED,
+    Kind.EXIT: Cause.LEFT_TORCH,
+    Kind.COPY_VALUES: Cause.LEFT_TORCH,
+}
+
+
 def _cause(op: Op) -> Cause:
     if op.wrapper is not None:
         return _WRAPPED[op.wrapper]
-    if op.kind in {Kind.SEVER, Kind.REWRAP, Kind.SET_DATA}:
-        return Cause.DETACHED
-    if op.kind in {Kind.EXIT, Kind.COPY_VALUES}:
-        return Cause.LEFT_TORCH
+    if op.kind in _BY_KIND:
+        return _BY_KIND[op.kind]
     if op.kind is Kind.GRAD or not op.grad_mode:
         return Cause.NO_GRAD
+    if op.kind is Kind.OPAQUE:
+        return Cause.UNDETERMINED
     if op.kept:
         return Cause.DETACHED  # written into `.data`, or through another alias without history
     return Cause.NON_DIFFERENTIABLE

@@ -146,6 +146,13 @@ def here(frame: FrameType | None) -> Place | None:
     return None
 
 
+def innermost(frame: FrameType | None) -> FrameType | None:
+    """Return the innermost frame of the user's own."""
+    while frame is not None and owner(frame.f_code) is not Owner.USER:
+        frame = frame.f_back
+    return frame
+
+
 def _user_above(frame: FrameType | None) -> tuple[CodeType, int] | None:
     while frame is not None:
         if owner(frame.f_code) is Owner.USER:

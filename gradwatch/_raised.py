@@ -195,6 +195,17 @@ def _wrong_count(message: str, inspection: Inspection, model: nn.Module) -> str 
     return None
 
 
+def _without_formula(message: str, inspection: Inspection, model: nn.Module) -> str | None:
+    """Explain a custom operator that was registered without a derivative."""
+    del model
+    found = re.search(r"through (\w+\.\w+)", message)
+    wanted = "" if found is None else found[1]
+    for op in reversed(inspection.trace.ops):
+        if wanted and wanted in op.name:
+            return _words.error_note("no_formula", _at(op.place))
+    return None
+
+
 def _holds(value: Any, tensor: Any) -> bool:
     """Tell whether a value is a tensor, or a container that holds it."""
     if isinstance(value, dict):
@@ -238,6 +249,7 @@ _KINDS: tuple[tuple[str, Callable[[str, Inspection, nn.Module], str | None]], ..
     ("Inplace update to inference tensor", _failing("inference")),
     ("is not differentiable with respect to argument", _failing("no_derivative")),
     ("is not implemented", _failing("no_derivative")),
+    ("no autograd formula was registered", _without_formula),
     ("is being modified inplace", _failing("view_in_place")),
     ("Can't call numpy() on Tensor that requires grad", _failing("numpy")),
     ("nly Tensors of floating point", _failing("integer")),

@@ -170,6 +170,8 @@ class Record:
     in_backward: bool = False
     elsewhere: set[str] = field(default_factory=set)
     """Paths of modules that ran on another thread, which the mode does not see."""
+    scripted: dict[int, Place | None] = field(default_factory=dict)
+    """Values of unknown making, first read where the user's code calls a function of TorchScript."""
     opaque: bool = False
     """Whether tensors were met that torch.func or the like wraps, and that cannot be followed."""
 

@@ -21,6 +21,7 @@ import sys
 import threading
 import weakref
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import compress, count
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ from torch.optim.optimizer import (
 )
 from torch.overrides import TorchFunctionMode
 
-from gradwatch import _frames
+from gradwatch import _calls, _frames
 from gradwatch._calls import (
     Kind,
     Traits,
@@ -82,6 +83,14 @@ class _Entry(weakref.ref[Tensor]):
     value: int
     """Number of its present content."""
     version: int
+
+
+@dataclass(slots=True)
+class _Closed:
+    """A module that runs as one operation."""
+
+    read: list[Tensor]
+    without_mode: bool
 
 
 class _Call:
@@ -151,8 +160,7 @@ class Trace(Record):
         self._exited = False
         self._gradients: dict[int, str] = {}
         self._wraps: dict[int, Place | None] = {}
-        self._running: list[tuple[str | None, bool]] = []
-        self._fast_call: tuple[nn.Module, list[Tensor]] | None = None
+        self._running: list[tuple[str | None, _Closed | None]] = []
         self._grad_off_depth: int | None = None
         self._was_recording = True
         self._thread = threading.get_ident()
@@ -192,7 +200,6 @@ class Trace(Record):
         self._known.clear()
         self._storages.clear()
         self._parameters.clear()
-        self._fast_call = None
         self._listener = BackwardListener()
 
     @contextmanager
@@ -250,30 +257,34 @@ class Trace(Record):
         elif next(module.parameters(), None) is None:
             path = around  # a loss or an activation, made on the spot
         fast = _has_fast_path(module) and _is_innermost(self._mode)
-        self._running.append((path, fast))
+        closed = fast or isinstance(module, torch.jit.ScriptModule)
+        inside = _Closed(list(tensors_in((args,))), without_mode=fast) if closed else None
+        self._running.append((path, inside))
         if fast:
             # NOTE [Fast path] Any active function mode makes these modules take another way through
             # C++ in eval mode, with other rounding: they run without the mode, as one operation.
-            self._fast_call = (module, list(tensors_in((args,))))
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         del args
         if threading.get_ident() != self._thread:
             return
-        fast = self._running.pop()[1] if self._running else False
-        if not fast or self._fast_call is None:
+        closed = self._running.pop()[1] if self._running else None
+        if closed is None:
             return
-        (inner, read), self._fast_call = self._fast_call, None
         try:
             if self.recording:
-                read.extend(inner.parameters())
-                call = _Call(type(module).forward, Traits(), (), read)
+                read = [*closed.read, *module.parameters()]
+                scripted = isinstance(module, torch.jit.ScriptModule)
+                kind = Kind.OPAQUE if scripted else Kind.PLAIN
+                func = torch.jit.ScriptModule if scripted else type(module).forward
+                call = _Call(func, Traits(kind), (), read)
                 call.numbers = [self._read(tensor) for tensor in read]
                 self._finish(call, output, sys._getframe(1))
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        if closed.without_mode:
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _note_registration(self, module: nn.Module, name: str, parameter: Any) -> None:
         del module, name
@@ -385,7 +396,12 @@ class Trace(Record):
             number = self._produce(tensor, op)
             self.values[number].label = label_of(tensor) if tensor.requires_grad else None
             return number
-        return self._register(tensor, self._leaf(tensor))
+        number = self._register(tensor, self._leaf(tensor))
+        if not tensor.requires_grad:
+            frame = _frames.innermost(sys._getframe(1))
+            if frame is not None and _calls.calls_script(frame):
+                self.scripted[number] = _frames.here(frame)
+        return number
 
     def _alias(self, tensor: Tensor) -> int | None:
         """Return the value over whose memory a leaf was put, where there is one."""

@@ -204,6 +204,12 @@ def did_not_run(module: str) -> str:
     return f"module `{module}` did not run in this step"
 
 
+def inside_script(site: Site | None) -> str:
+    """Say that a value may have gone through code that nothing is seen of."""
+    where = "" if site is None else f" ({place(site)})"
+    return f"what runs inside of TorchScript is not seen{where}"
+
+
 def on_another_thread(module: str) -> str:
     """Say that a module ran where nothing could be seen."""
     return f"module `{module}` ran on another thread, where operations are not seen"
@@ -211,7 +217,8 @@ def on_another_thread(module: str) -> str:
 
 def ran_without_it(module: str) -> str:
     """Say that a module ran and left one of its parameters alone."""
-    return f"module `{module or 'the model itself'}` ran, and no operation read it"
+    what = f"module `{module}`" if module else "the model itself"
+    return f"{what} ran, and no operation read it"
 
 
 def another_path(cause: Cause, site: Site | None) -> str:
@@ -294,6 +301,10 @@ ERRORS = {
     "wrong_count": (
         "the `backward` of this Function returns another number of gradients than `forward` takes",
         "return one value for each argument of `forward` after `ctx`, and None where there is none",
+    ),
+    "no_formula": (
+        "this custom operator has no derivative",
+        "give it one with `register_autograd`, or `.detach()` its inputs where no gradient is wanted",
     ),
     "no_derivative": (
         "torch has no derivative for this operation with these inputs",

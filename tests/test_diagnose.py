@@ -307,6 +307,97 @@ def test_values_inside_of_functorch_are_undetermined():
     assert (found.cause, found.parameters) == (Cause.UNDETERMINED, ("a.weight", "a.bias"))
 
 
+@torch.jit.script
+def scripted_cut(x):
+    """Cut a value off where nothing is seen of it."""
+    return x.detach() * 2
+
+
+@torch.jit.script
+def scripted(x):
+    return x * 2
+
+
+def mapped_cut(x):
+    return torch.vmap(lambda row: row.detach() * 2)(x)
+
+
+def mapped(x):
+    return torch.vmap(lambda row: row * 2)(x)
+
+
+class Detached(nn.Module):
+    def forward(self, x):
+        return x.detach() * 2
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
+class Between(nn.Module):
+    """Two layers with something between them that cannot be seen into."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.a, self.between, self.b = nn.Linear(3, 3), between, nn.Linear(3, 1)
+
+    def forward(self, x):
+        h = self.between(self.a(x))
+        return self.b(h)
+
+
+@pytest.mark.parametrize(
+    ("sick", "healthy"),
+    [
+        (scripted_cut, scripted),
+        (torch.jit.script(Detached()), torch.jit.script(Doubled())),
+        (
+            torch.jit.trace(Detached(), torch.ones(2, 3)),
+            torch.jit.trace(Doubled(), torch.ones(2, 3)),
+        ),
+        (mapped_cut, mapped),
+    ],
+    ids=["scripted function", "scripted module", "traced module", "vmap"],
+)
+def test_a_cut_out_of_sight_is_undetermined(sick, healthy):
+    """No cause is made up for what was cut inside of TorchScript or `torch.func`; what is whole there is silent."""
+    found = {}
+    for between in (sick, healthy):
+        model = Between(between)
+        with diagnose(model) as diagnosis:
+            model(torch.ones(2, 3)).mean().backward()
+        found[between] = [(d.cause, d.parameters) for d in diagnosis.report.diagnoses]
+
+    assert found == {sick: [(Cause.UNDETERMINED, ("a.weight", "a.bias"))], healthy: []}
+
+
+def test_a_parameter_given_to_a_scripted_function_is_not_called_unused():
+    """What only TorchScript reads may have been used there."""
+    model = nn.ParameterDict({"seen": torch.ones(2), "hidden": torch.ones(2)})
+
+    with diagnose(model) as diagnosis:
+        (model["seen"] * scripted_cut(model["hidden"])).sum().backward()
+
+    (found,) = diagnosis.report.diagnoses
+    assert (found.cause, found.parameters) == (Cause.UNDETERMINED, ("hidden",))
+    assert found.notes[0].startswith("what runs inside of TorchScript is not seen (")
+
+
+def test_a_dropped_result_beside_torchscript_is_not_in_loss():
+    """A function of TorchScript elsewhere in the program takes nothing from a cause that was seen."""
+    model = nn.ModuleDict({"a": nn.Linear(3, 1), "b": nn.Linear(3, 1)})
+
+    with diagnose(model) as diagnosis:
+        model["a"](torch.ones(2, 3))
+        scripted(model["b"](torch.ones(2, 3))).mean().backward()
+
+    assert [(d.cause, d.parameters) for d in diagnosis.report.diagnoses] == [
+        (Cause.NOT_IN_LOSS, ("a.weight", "a.bias"))
+    ]
+
+
 def test_gradients_taken_by_an_optimizer_in_backward_are_unseen():
     """An optimizer that steps inside of backward leaves nothing to judge, which is no fault."""
     model = nn.Linear(3, 1)

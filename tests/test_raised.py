@@ -74,6 +74,30 @@ class SavedOutputChanged(Net):
         return self.head(h).mean()
 
 
+@torch.library.custom_op("gradwatch_tests::square", mutates_args=())
+def square(x: torch.Tensor) -> torch.Tensor:
+    """Square a tensor, without a derivative."""
+    return x * x
+
+
+class OperatorWithoutFormula(Net):
+    words = "no autograd formula was registered"
+    advice = "register_autograd"
+
+    def forward(self, x):
+        h = torch.ops.gradwatch_tests.square(self.enc(x))  # <- here
+        return self.head(h).mean()
+
+
+class OperatorCalledDirectly(Net):
+    words = "no autograd formula was registered"
+    advice = "register_autograd"
+
+    def forward(self, x):
+        h = square(self.enc(x))  # <- here
+        return self.head(h).mean()
+
+
 class SteppedTooEarly(Net):
     words = "modified by an inplace operation"
     advice = "compute the loss again"
