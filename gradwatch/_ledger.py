@@ -9,6 +9,7 @@ Limits: zeros and non-finite values are known on measured steps only, and so is 
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from gradwatch._stats import measure
@@ -30,7 +31,11 @@ class Facts:
         self.statuses: dict[str, Status] = dict.fromkeys(missing, Status.MISSING)
         self.bad: list[str] = list(missing)
 
-    def measure(self, parameters: Mapping[str, Tensor]) -> None:
+    def measure(
+        self,
+        parameters: Mapping[str, Tensor],
+        scales: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         """Take the norms of the gradients that arrived."""
         absent = {*self.missing, *self.frozen, *self.unseen}
         gradients = {
@@ -38,7 +43,7 @@ class Facts:
             for name, parameter in parameters.items()
             if name not in absent and parameter.grad is not None
         }
-        self.stats = measure(gradients)
+        self.stats = measure(gradients, scales)
         self.measured = True
         self.statuses = self.complete(tuple(parameters))
         self.bad = [

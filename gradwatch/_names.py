@@ -140,6 +140,11 @@ class Owners:
         """Return the optimizer's place among the others, 0 for one that is not known."""
         return next((i for i, known in enumerate(self._optimizers) if known is optimizer), 0)
 
+    def owned(self, optimizer: Any) -> tuple[str, ...]:
+        """Return the parameters that an optimizer holds."""
+        loose = set(self.orphans)
+        return tuple(name for name in self.covered(optimizer) if name not in loose)
+
     def covered(self, optimizer: Any) -> tuple[str, ...]:
         """Return the parameters that a step speaks of: the optimizer's own, and those in none."""
         for known, names in zip(self._optimizers, self._covered, strict=True):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,7 +129,43 @@ def is_lazy(parameter: Tensor) -> bool:
     return isinstance(parameter, UninitializedParameter)
 
 
-def measure(gradients: Mapping[str, Tensor], scale: float = 1.0) -> GradStats:
+def scale_left(scaler: Any, optimizer: Any) -> float:
+    """Return what an optimizer's gradients are multiplied with, right before it steps.
+
+    Optimizers that divide by the scale themselves (``fused=True``) are handed scaled gradients; for all
+    others the scaler has divided them.
+
+    Args:
+        scaler: A GradScaler, or None.
+        optimizer: The optimizer that is about to step; None for parameters that none owns.
+
+    Cost:
+        Reading the scale is a copy to the host, where the gradients are scaled.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return 1.0
+    # Private: no public name tells whether `unscale_` was called for an optimizer.
+    state = getattr(scaler, "_per_optimizer_states", {}).get(id(optimizer), {})
+    if getattr(state.get("stage"), "name", "READY") != "READY":
+        return 1.0
+    return float(scaler.get_scale())
+
+
+def is_searching(scaler: Any) -> bool:
+    """Tell whether a GradScaler can still lower its scale after an overflow.
+
+    It starts far too high, and halves the scale at each overflow until there is none. A gradient that
+    is not finite at a scale of 1 is so without it too.
+
+    Cost:
+        A copy to the host: to be asked only where something is not finite.
+    """
+    return scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1.0
+
+
+def measure(
+    gradients: Mapping[str, Tensor], scales: Mapping[str, float] = MappingProxyType({})
+) -> GradStats:
     """Return the L2 norm of each gradient, and which are zero or not finite.
 
     Half-precision gradients are summed in float32. Where a sum of squares would leave the range of its
@@ -137,7 +174,7 @@ def measure(gradients: Mapping[str, Tensor], scale: float = 1.0) -> GradStats:
 
     Args:
         gradients: The gradients by name, of any shape, dtype, device, and layout.
-        scale: What they were multiplied with (a GradScaler's scale).
+        scales: What some of them are multiplied with (a GradScaler's scale), by name.
 
     Cost:
         One fused pass per device and one copy to the host per device; a second one only while some
@@ -157,8 +194,7 @@ def measure(gradients: Mapping[str, Tensor], scale: float = 1.0) -> GradStats:
         norms.update(_norms(doubtful, wide=True))
     zero = frozenset(name for name in doubtful if norms[name] == 0.0)
     nonfinite = frozenset(name for name in doubtful if not math.isfinite(norms[name]))
-    if scale != 1.0:
-        norms = {name: norm / scale for name, norm in norms.items()}
+    norms.update({name: norms[name] / scale for name, scale in scales.items() if name in norms})
     return GradStats(norms, zero, nonfinite, math.hypot(*norms.values()))
 
 

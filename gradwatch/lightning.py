@@ -147,6 +147,7 @@ class GradWatch(_Bases):
                 loggers=trainer.loggers,
                 writes=trainer.is_global_zero,
                 scaler=getattr(trainer, "scaler", None),
+                clips=bool(getattr(trainer, "gradient_clip_val", None)),
                 every_n_steps=getattr(trainer, "log_every_n_steps", 50),  # set as an attribute only
             )
 

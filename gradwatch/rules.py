@@ -151,8 +151,8 @@ class Observation:
     """Whether ``statuses`` and ``norms`` were measured; they are empty unless so."""
     statuses: Mapping[str, Status] = field(default_factory=dict)
     norms: Mapping[str, float] = field(default_factory=dict)
-    scaled: bool = False
-    """Whether a GradScaler is active, which makes single overflows normal."""
+    searching: bool = False
+    """Whether a GradScaler is lowering its scale: overflows are normal then, and decide nothing."""
 
 
 @dataclass(slots=True)
@@ -430,17 +430,16 @@ def _due_measured(
     else:
         # NaN and infinity have rules of their own: they are no size, and leave a streak of sizes as it is.
         undecided = undecided | by_status[Status.NONFINITE]
-        found = _beyond(when, observation.norms) - undecided
-    hits = found & covered & track.means
+        found = _beyond(when, observation.norms)
+    if observation.searching:
+        undecided = undecided | by_status[Status.NONFINITE]
+    hits = (found - undecided) & covered & track.means
     for name in covered.intersection(track.since) - hits - undecided:
         track.end(name)
     for name in hits:  # a streak that begins after this step comes from a run that began anew
         track.since[name] = min(track.since.get(name, step), step)
-    # A scaler backs off after one overflow: only a second logged step in a row shows more than that.
-    single = observation.scaled and when.status is Status.NONFINITE
-    limit = max(when.for_steps, 2) if single else when.for_steps
     lengths = {name: step - track.since[name] + 1 for name in hits - track.said}
-    return {name: length for name, length in lengths.items() if length >= limit}
+    return {name: length for name, length in lengths.items() if length >= when.for_steps}
 
 
 def _beyond(when: Condition, norms: Mapping[str, float]) -> set[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 from torch import nn
@@ -26,11 +27,11 @@ from gradwatch._diagnose import Inspection, not_in_optimizer, undetermined
 from gradwatch._ledger import Facts, Ledger
 from gradwatch._names import Names, Owners, names_of
 from gradwatch._raised import add_note
-from gradwatch._stats import Sensor, is_lazy
+from gradwatch._stats import Sensor, is_lazy, is_searching, scale_left
 from gradwatch._words import listed
 from gradwatch.config import Config, load_config
 from gradwatch.errors import DisconnectedParameterError, GradientAlertError, GradWatchError
-from gradwatch.report import Action, Alert, Diagnosis, Report, Status
+from gradwatch.report import Action, Alert, Cause, Diagnosis, Report, Status
 from gradwatch.rules import Judge, Observation, matches, worst
 from gradwatch.sinks.standard import standard_sinks
 
@@ -155,7 +156,9 @@ class Watcher:
         self._sought: set[str] = set()
         """Parameters for whose sake the next step is traced."""
         self._missed = 0
-        self._scaled = scaler is not None
+        self._scaler = scaler
+        self._clips = False
+        self._held: tuple[Report, Any] | None = None
         self._stepped = False
         self._written: set[str] = set()
         self._last: tuple[int, int] | None = None
@@ -280,6 +283,7 @@ class Watcher:
         writes: bool = True,
         every_n_steps: int = 50,
         scaler: Any = None,
+        clips: bool = False,
     ) -> None:
         """Begin the run, once optimizers and loggers exist.
 
@@ -289,11 +293,17 @@ class Watcher:
             writes: Whether this process is the one that prints and writes.
             every_n_steps: Steps between measurements where the configuration does not say.
             scaler: The GradScaler of the run, where there is one.
+            clips: Whether gradients are clipped between ``before_step()`` and the optimizer's own step.
         """
         self._optimizers = tuple(optimizers)
         self._complete = bool(self._optimizers)
-        self._scaled = self._scaled or scaler is not None
+        self._scaler = scaler if scaler is not None else self._scaler
+        if clips:
+            # Right before the step, or inside of it, where Lightning runs forward and backward as a closure.
+            for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook):
+                self._plain.callback(register(self._after_clipping).remove)
         self._every = self.config.log.every_n_steps or max(every_n_steps, 1)
+        self._clips = clips
         self._look_at_model()
         if writes:
             self._sinks = standard_sinks(
@@ -363,13 +373,36 @@ class Watcher:
                 self._sensor.restart(covered)
                 return
             self._steps = step
-        report = self._judged(covered, self._owners.position(optimizer))
+        report = self._judged(covered, optimizer)
         self._sensor.restart(covered)
         self._written.update(covered)
         self._steps += 1
         self._stepped = True
         if report is not None:
-            self._deliver(report)
+            self._deliver(report, optimizer)
+
+    def _after_clipping(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        del args, kwargs
+        self._in_hook = True
+        try:
+            self._release(optimizer)
+        finally:
+            self._in_hook = False
+
+    @_harmless
+    def _release(self, optimizer: Any = None) -> None:
+        """Hand on a report that has waited for its clipped norm."""
+        if self._held is None or (optimizer is not None and self._held[1] is not optimizer):
+            return
+        (report, held), self._held = self._held, None
+        if optimizer is not None:
+            facts = Facts([], [], [])
+            facts.measure(
+                {name: self._names.parameters[name] for name in self._owners.owned(held)},
+                self._scales(self._owners.owned(held), held),
+            )
+            report = replace(report, clipped_norm=facts.stats.total)
+        self._write(report)
 
     @_harmless
     def end_batch(self) -> None:
@@ -380,6 +413,7 @@ class Watcher:
                 self._inspection.stop()
                 self._inspection = None
                 self._look_again()
+        self._release()
         if self._stepped:
             self._stepped = False  # an adapter may end a batch again
             self._backwards = 0
@@ -407,6 +441,7 @@ class Watcher:
     def close(self) -> None:
         """End the run: nothing of GradWatch's is left on the model or in torch."""
         self._plain.close()
+        self._release()
         self._end()
 
     def _end(self) -> None:
@@ -456,16 +491,20 @@ class Watcher:
         seen = self._inspection is not None and self._inspection.passes
         return bool(self._backwards or seen)
 
-    def _judged(self, covered: tuple[str, ...], position: int) -> Report | None:
+    def _judged(self, covered: tuple[str, ...], optimizer: Any) -> Report | None:
         """Return the report of a step, None where there is nothing to say."""
         # What is computed here is no part of the user's program.
         with nullcontext() if self._inspection is None else self._inspection.trace.paused():
-            return self._judged_aside(covered, position)
+            return self._judged_aside(covered, optimizer)
 
-    def _judged_aside(self, covered: tuple[str, ...], position: int) -> Report | None:
+    def _judged_aside(self, covered: tuple[str, ...], optimizer: Any) -> Report | None:
         logged = (self._batches + 1) % self._every == 0
         inspection = self._inspection
-        facts = self._facts(covered, measured=logged or inspection is not None)
+        scales = self._scales(covered, optimizer) if logged or inspection is not None else None
+        facts = self._facts(covered, scales)
+        searching = bool(facts.stats.nonfinite) and is_searching(self._scaler)
+        if searching:
+            facts.bad = [n for n in facts.bad if facts.statuses[n] is not Status.NONFINITE]
         observation = Observation(
             self._steps,
             covered,
@@ -475,7 +514,7 @@ class Watcher:
             logged,
             facts.statuses if logged else {},
             facts.stats.norms if logged else {},
-            scaled=self._scaled,
+            searching=searching,
         )
         assert self._judge is not None  # noqa: S101 -- checked by the caller
         alerts = self._judge.observe(observation)
@@ -486,7 +525,7 @@ class Watcher:
             return None
         return Report(
             step=self._steps,
-            optimizer=position,
+            optimizer=self._owners.position(optimizer),
             logged=logged,
             statuses=facts.complete(covered),
             norms=facts.stats.norms if logged else {},
@@ -497,7 +536,15 @@ class Watcher:
             batch=self._batches,
         )
 
-    def _facts(self, covered: tuple[str, ...], *, measured: bool) -> Facts:
+    def _scales(self, covered: tuple[str, ...], optimizer: Any) -> dict[str, float]:
+        """Return what gradients are still multiplied with: no one unscales those in no optimizer."""
+        own = scale_left(self._scaler, optimizer)
+        loose = scale_left(self._scaler, None) if self._owners.orphans else 1.0
+        orphans = set(self._owners.orphans)
+        scales = {name: loose if name in orphans else own for name in covered}
+        return {name: scale for name, scale in scales.items() if scale != 1.0}
+
+    def _facts(self, covered: tuple[str, ...], scales: dict[str, float] | None) -> Facts:
         parameters = self._names.parameters
         chosen = frozenset(covered)
         absent = [name for name in self._sensor.missing() if name in chosen]
@@ -512,8 +559,8 @@ class Watcher:
             frozen=[name for name in covered if not parameters[name].requires_grad],
             unseen=unseen,
         )
-        if measured:
-            facts.measure({name: parameters[name] for name in covered})
+        if scales is not None:
+            facts.measure({name: parameters[name] for name in covered}, scales)
         return facts
 
     def _diagnosed(self, covered: tuple[str, ...], facts: Facts) -> bool:
@@ -529,7 +576,7 @@ class Watcher:
                 [name for name in wanting if self._needs_a_gradient(name)], statuses, self._steps
             )
         open_ = {name: facts.statuses[name] for name in meant}
-        if any(d.status is Status.NONFINITE for d in self._ledger.holding):
+        if any(d.cause is Cause.NONFINITE_GRADIENT for d in self._ledger.holding):
             # The first NaN is the one to mend: it spreads through the weights to all others.
             open_ = {n: s for n, s in open_.items() if s is not Status.NONFINITE}
         if self._inspection is not None:
@@ -569,22 +616,29 @@ class Watcher:
                 self._hunt = MAX_HUNT
             missing = facts.statuses[name] is Status.MISSING
             self._wanted.add("missing" if missing else "sizes")
-        if self._hunt and any(d.status is Status.NONFINITE for d in self._ledger.holding):
+        if self._hunt and any(d.cause is Cause.NONFINITE_GRADIENT for d in self._ledger.holding):
             self._hunt = 0  # caught
         elif self._hunt:
             # NaN often comes and goes: the next steps are traced until it comes again.
             self._hunt -= 1
             self._wanted.add("sizes")
 
-    def _deliver(self, report: Report) -> None:
+    def _deliver(self, report: Report, optimizer: Any) -> None:
         self.report = report
         action = worst(report.alerts)
-        for sink in self._sinks:
-            sink.write(report)
+        if self._clips and report.logged and action is not Action.ABORT:
+            self._held = (report, optimizer)
+        else:
+            self._write(report)
         if action is Action.STOP:
             self.should_stop = True
         elif action is Action.ABORT:
             raise _alert_error(report, self._names.parameters)
+
+    def _write(self, report: Report) -> None:
+        self.report = report
+        for sink in self._sinks:
+            sink.write(report)
 
     def _switch_off(self, error: Exception) -> None:
         self._off = True

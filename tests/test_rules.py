@@ -385,21 +385,25 @@ def test_status_rule_counts_logged_steps(status: Status):
     assert alerts == [(), (fired,), ()]
 
 
-def test_single_overflow_under_a_scaler_is_normal():
-    """Under a GradScaler an overflow followed by a good step never counts."""
+def test_overflows_while_a_scaler_lowers_its_scale_are_normal():
+    """An overflow counts only once the scaler has nothing left to lower."""
     judge = Judge([BROKEN.model_copy(update={"when": Condition(status="nonfinite")})])
-    bad, good = {"a": Status.NONFINITE}, {"a": Status.OK}
-    statuses = [bad, good, bad, good, bad, bad]
 
     alerts = said(
         judge,
         *(
-            Observation(10 * step, ("a",), logged=True, scaled=True, statuses=found)
-            for step, found in enumerate(statuses)
+            Observation(
+                10 * step,
+                ("a",),
+                logged=True,
+                searching=searching,
+                statuses={"a": Status.NONFINITE},
+            )
+            for step, searching in enumerate([True, True, True, False])
         ),
     )
 
-    assert alerts == [(50, "broken", ("a",))]
+    assert alerts == [(30, "broken", ("a",))]
 
 
 def test_unseen_keeps_a_measured_streak():

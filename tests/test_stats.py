@@ -374,7 +374,9 @@ def test_zeros_and_what_is_not_finite_are_told_apart():
 
 def test_scale_is_taken_out_of_norms():
     """Norms are divided by the scale that the loss was multiplied with."""
-    stats = measure({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}, scale=0.5)
+    stats = measure(
+        {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}, scales={"a": 0.5, "b": 0.5}
+    )
 
     assert (stats.norms, stats.total) == ({"a": 6.0, "b": 8.0}, 10.0)
 
