@@ -53,6 +53,16 @@ def unwrap(module: nn.Module) -> nn.Module:
         module = inner
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether a module, or one inside of it, was compiled: by ``torch.compile`` or in place."""
+    return any(
+        type(inner).__module__.startswith("torch._dynamo")
+        # Private: `module.compile()` leaves no other mark.
+        or getattr(inner, "_compiled_call_impl", None) is not None
+        for inner in module.modules()
+    )
+
+
 def names_of(model: nn.Module) -> Names:
     """Return the names of all parameters and modules, without those of wrappers.
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import warnings
 import weakref
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -782,6 +783,11 @@ def _eager_regions() -> Iterator[None]:
         return
     if not _eager:
         _stance.enter_context(torch.compiler.set_stance("force_eager"))
+        # torch warns of hooks on all modules, where a compiled one is called: ours mean no harm.
+        _stance.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings(
+            "ignore", r"Using `torch\.compile\(module\)` when there are global hooks"
+        )
     _eager += 1
     try:
         yield

@@ -140,13 +140,14 @@ class GradWatch(_Bases):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the run: now the optimizers exist."""
-        del pl_module
         if self._watcher is not None:
             self._watcher.begin(
                 trainer.optimizers,
                 loggers=trainer.loggers,
                 writes=trainer.is_global_zero,
                 scaler=getattr(trainer, "scaler", None),
+                # Private: set where `fit` was given a compiled module, which it unwraps.
+                compiled=getattr(pl_module, "_compiler_ctx", None) is not None,
                 clips=bool(getattr(trainer, "gradient_clip_val", None)),
                 every_n_steps=getattr(trainer, "log_every_n_steps", 50),  # set as an attribute only
             )

@@ -25,7 +25,7 @@ from torch.optim.optimizer import (
 from gradwatch import explain
 from gradwatch._diagnose import Inspection, not_in_optimizer, undetermined
 from gradwatch._ledger import Facts, Ledger
-from gradwatch._names import Names, Owners, names_of
+from gradwatch._names import Names, Owners, is_compiled, names_of
 from gradwatch._raised import add_note
 from gradwatch._stats import Sensor, is_lazy, is_searching, scale_left
 from gradwatch._words import listed
@@ -158,6 +158,7 @@ class Watcher:
         self._missed = 0
         self._scaler = scaler
         self._clips = False
+        self._compiled = False
         self._held: tuple[Report, Any] | None = None
         self._stepped = False
         self._written: set[str] = set()
@@ -284,6 +285,7 @@ class Watcher:
         every_n_steps: int = 50,
         scaler: Any = None,
         clips: bool = False,
+        compiled: bool = False,
     ) -> None:
         """Begin the run, once optimizers and loggers exist.
 
@@ -294,6 +296,7 @@ class Watcher:
             every_n_steps: Steps between measurements where the configuration does not say.
             scaler: The GradScaler of the run, where there is one.
             clips: Whether gradients are clipped between ``before_step()`` and the optimizer's own step.
+            compiled: Whether the whole step is compiled, which the model itself does not show.
         """
         self._optimizers = tuple(optimizers)
         self._complete = bool(self._optimizers)
@@ -305,6 +308,10 @@ class Watcher:
         self._every = self.config.log.every_n_steps or max(every_n_steps, 1)
         self._clips = clips
         self._look_at_model()
+        self._compiled = compiled or is_compiled(self._model)
+        if self._compiled:
+            # Eager kernels round otherwise and draw other dropout masks: not without need.
+            self._wanted.clear()
         if writes:
             self._sinks = standard_sinks(
                 tuple(self._names.parameters),
@@ -331,6 +338,11 @@ class Watcher:
         self._written = set()
         if self._inspection is None and self._wanted and self._traces < MAX_TRACES:
             self._look_at_model()
+            if self._compiled and not self._traces:
+                _log.warning(
+                    "the model is compiled, and is run without compilation for this step, to find "
+                    "the cause of what is wrong; `trace: never` in the configuration prevents it"
+                )
             self._traces += 1
             self._micro_batches = 0
             sizes = "sizes" in self._wanted or self._traces == 1

@@ -148,9 +148,7 @@ def test_every_precision_is_watched(pl: Any, precision: str):
     assert norms(reports)[0] == pytest.approx(norms(plain)[0], rel=0.02)
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "expected"), [("norm", 1e-4), ("value", 2e-4)]
-)
+@pytest.mark.parametrize(("algorithm", "expected"), [("norm", 1e-4), ("value", 2e-4)])
 def test_the_clipped_norm_stands_beside_the_true_one(pl: Any, algorithm: str, expected: float):
     """With clipping on, norms are those before it, and the total after it is told as well."""
     _, plain = run(pl)
