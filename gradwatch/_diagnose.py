@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -482,7 +482,12 @@ def _cause(op: Op) -> Cause:
 
 
 def not_in_optimizer(
-    names: Iterable[str], statuses: Mapping[str, Status], step: int
+    names: Iterable[str],
+    statuses: Mapping[str, Status],
+    step: int,
+    *,
+    strangers: int = 0,
+    maker: Any = None,
 ) -> tuple[Diagnosis, ...]:
     """Return the diagnosis of parameters that no optimizer steps, if there are any.
 
@@ -490,8 +495,17 @@ def not_in_optimizer(
         names: Those parameters.
         statuses: The status of each.
         step: Number of the step.
+        strangers: Tensors like these that the optimizers hold, and that the model does not have.
+        maker: The function of the user's that makes the optimizers, where it is known.
     """
-    findings = {name: Finding(Cause.NOT_IN_OPTIMIZER) for name in names}
+    notes = []
+    if strangers:
+        notes.append(_words.strangers(strangers))
+    code = getattr(maker, "__code__", None)
+    if code is not None and _frames.owner(code) is _frames.Owner.USER:
+        site = Site(code.co_filename, code.co_firstlineno)
+        notes.append(_words.made_in(code.co_name, site))
+    findings = {name: Finding(Cause.NOT_IN_OPTIMIZER, notes=tuple(notes)) for name in names}
     return grouped(findings, statuses, step, {}, tuple(statuses))
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from gradwatch._record import shape_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -133,6 +135,14 @@ class Owners:
             for mine in owned
         ]
         self._everyone = tuple(names.parameters)
+        shapes = {shape_of(names.parameters[name]) for name in self.orphans}
+        self.strangers = sum(
+            id(p) not in by_id and p.requires_grad and shape_of(p) in shapes
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        )
+        """Tensors of the optimizers that the model does not have, with the shape of one that none owns."""
 
     def size(self) -> int:
         """Return how many tensors the optimizers hold: it changes when groups are added."""

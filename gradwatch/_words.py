@@ -204,6 +204,21 @@ def did_not_run(module: str) -> str:
     return f"module `{module}` did not run in this step"
 
 
+def strangers(count: int) -> str:
+    """Say that an optimizer holds what was replaced in the model."""
+    them = (
+        "a tensor of such a shape that is"
+        if count == 1
+        else f"{count} tensors of such shapes that are"
+    )
+    return f"the optimizers hold {them} not in the model: were parameters replaced after they were made?"
+
+
+def made_in(function: str, site: Site) -> str:
+    """Say where the optimizers are made."""
+    return f"the optimizers are made in `{function}` ({place(site)})"
+
+
 def inside_script(site: Site | None) -> str:
     """Say that a value may have gone through code that nothing is seen of."""
     where = "" if site is None else f" ({place(site)})"

@@ -103,6 +103,7 @@ class GradWatch(_Bases):
         self._given_sinks = tuple(sinks)
         self._state: Mapping[str, Any] = {}
         self._watcher: Watcher | None = None
+        self._saw_backward = False
 
     @property
     def report(self) -> Report:
@@ -148,6 +149,7 @@ class GradWatch(_Bases):
                 scaler=getattr(trainer, "scaler", None),
                 # Private: set where `fit` was given a compiled module, which it unwraps.
                 compiled=getattr(pl_module, "_compiler_ctx", None) is not None,
+                maker=pl_module.configure_optimizers,
                 clips=bool(getattr(trainer, "gradient_clip_val", None)),
                 every_n_steps=getattr(trainer, "log_every_n_steps", 50),  # set as an attribute only
             )
@@ -158,6 +160,7 @@ class GradWatch(_Bases):
         """Begin a batch."""
         del trainer, batch, batch_idx
         if self._watcher is not None:
+            self._saw_backward = False
             self._watcher.begin_batch()
             if not pl_module.automatic_optimization:
                 self._watcher.before_backward()
@@ -174,6 +177,7 @@ class GradWatch(_Bases):
         """Note that a backward pass has ended."""
         del trainer, pl_module
         if self._watcher is not None:
+            self._saw_backward = True
             self._watcher.after_backward()
 
     def on_before_optimizer_step(
@@ -185,6 +189,8 @@ class GradWatch(_Bases):
             seen = pl_module.automatic_optimization
             judge = watcher.before_step if seen else watcher.judge_unseen
             judge(optimizer, step=trainer.global_step)
+            if not (seen or self._saw_backward):
+                watcher.note_raw_backward()
             if watcher.should_stop:
                 trainer.should_stop = True
 

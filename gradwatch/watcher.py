@@ -51,6 +51,16 @@ MAX_MISSED = 20
 MAX_HUNT = 5
 """Steps traced in a row to catch a gradient that is not finite now and then."""
 
+TAKEN_AWAY = (
+    "an optimizer steps inside of backward and empties `.grad`: the gradients of its parameters cannot be "
+    "seen, and nothing is said about them"
+)
+NO_STEP = "no optimizer step was seen in this run, so that nothing was judged"
+RAW_BACKWARD = (
+    "`loss.backward()` was called in `training_step`, where Lightning cannot see it: use "
+    "`self.manual_backward(loss)`, which also scales the loss under mixed precision"
+)
+
 _log = logging.getLogger("gradwatch")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -158,6 +168,10 @@ class Watcher:
         self._missed = 0
         self._scaler = scaler
         self._clips = False
+        self._said_raw = False
+        self._maker: Callable[..., Any] | None = None
+        self._taken: frozenset[str] = frozenset()
+        """Names of those whose gradients an optimizer takes away within backward."""
         self._compiled = False
         self._held: tuple[Report, Any] | None = None
         self._stepped = False
@@ -268,6 +282,13 @@ class Watcher:
         self.before_backward()
 
     @_harmless
+    def note_raw_backward(self) -> None:
+        """Say once that a backward pass came by another way than the trainer's."""
+        if not self._said_raw:
+            self._said_raw = True
+            _log.warning(RAW_BACKWARD)
+
+    @_harmless
     def settle(self) -> None:
         """Keep what accumulates for a step to come, and forget what ``zero_grad`` did after one."""
         self._sensor.after()
@@ -286,6 +307,7 @@ class Watcher:
         scaler: Any = None,
         clips: bool = False,
         compiled: bool = False,
+        maker: Callable[..., Any] | None = None,
     ) -> None:
         """Begin the run, once optimizers and loggers exist.
 
@@ -296,6 +318,7 @@ class Watcher:
             every_n_steps: Steps between measurements where the configuration does not say.
             scaler: The GradScaler of the run, where there is one.
             clips: Whether gradients are clipped between ``before_step()`` and the optimizer's own step.
+            maker: The function of the user's that makes the optimizers, to say where they are made.
             compiled: Whether the whole step is compiled, which the model itself does not show.
         """
         self._optimizers = tuple(optimizers)
@@ -307,6 +330,7 @@ class Watcher:
                 self._plain.callback(register(self._after_clipping).remove)
         self._every = self.config.log.every_n_steps or max(every_n_steps, 1)
         self._clips = clips
+        self._maker = maker
         self._look_at_model()
         self._compiled = compiled or is_compiled(self._model)
         if self._compiled:
@@ -454,6 +478,8 @@ class Watcher:
         """End the run: nothing of GradWatch's is left on the model or in torch."""
         self._plain.close()
         self._release()
+        if self._backwards and not self._steps and not self._off:
+            _log.warning(NO_STEP)
         self._end()
 
     def _end(self) -> None:
@@ -560,12 +586,13 @@ class Watcher:
         parameters = self._names.parameters
         chosen = frozenset(covered)
         absent = [name for name in self._sensor.missing() if name in chosen]
-        taken: frozenset[str] = frozenset()
         if self._inspection is not None:
-            taken = self._inspection.unseen
+            if self._inspection.unseen - self._taken:
+                _log.warning(TAKEN_AWAY)
+            self._taken |= self._inspection.unseen
             emptied = self._inspection.cleared & chosen
             absent += [name for name in covered if name in emptied and name not in absent]
-        unseen = [name for name in absent if name in taken or is_lazy(parameters[name])]
+        unseen = [name for name in absent if name in self._taken or is_lazy(parameters[name])]
         facts = Facts(
             missing=[name for name in absent if name not in unseen],
             frozen=[name for name in covered if not parameters[name].requires_grad],
@@ -585,7 +612,11 @@ class Watcher:
             wanting = [name for name in orphans if self._names.parameters[name].requires_grad]
             statuses = facts.complete(covered)
             found += not_in_optimizer(
-                [name for name in wanting if self._needs_a_gradient(name)], statuses, self._steps
+                [name for name in wanting if self._needs_a_gradient(name)],
+                statuses,
+                self._steps,
+                strangers=self._owners.strangers,
+                maker=self._maker,
             )
         open_ = {name: facts.statuses[name] for name in meant}
         if any(d.cause is Cause.NONFINITE_GRADIENT for d in self._ledger.holding):

@@ -1,0 +1,286 @@
+"""The life of a run under Lightning: what people put beside GradWatch, and every way a run can end."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import (
+    BaseFinetuning,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from gradwatch import Cause, GradWatch, Status
+from gradwatch.sinks import MemorySink
+
+BODY = ("body.weight", "body.bias")
+HEAD = ("head.weight", "head.bias")
+
+
+class Lit(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return self.head(self.body(batch).relu()).pow(2).mean()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("loss", self.head(self.body(batch)).mean())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.01)
+
+
+class Unfreezing(BaseFinetuning):
+    """Freeze the body for one epoch."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.body)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.body, optimizer)
+
+
+class Swapping(Callback):
+    """Validate with other weights than are trained, as averages of weights do."""
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self.kept = {key: value.clone() for key, value in pl_module.state_dict().items()}
+        pl_module.load_state_dict({key: value * 0.9 for key, value in self.kept.items()})
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.load_state_dict(self.kept)
+
+
+def train(
+    model: Lit, *callbacks: Any, batches: int = 4, fits: int = 1, **options: Any
+) -> tuple[list[Any], list[Any]]:
+    """Train and validate; return the reports, and the weights in the end."""
+    sink = MemorySink()
+    watch = [GradWatch(every_n_steps=1, sinks=[sink])] if options.pop("watch", True) else []
+    torch.manual_seed(1)
+    data: Any = DataLoader(torch.randn(2 * batches, 4), batch_size=2)  # type: ignore[arg-type]
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "callbacks": [*callbacks, *watch],
+    }
+    for _ in range(fits):
+        Trainer(**defaults | options).fit(model, data, data)
+    return sink.reports, [p.detach().tolist() for p in model.parameters()]
+
+
+def statuses(report: Any) -> list[Status]:
+    return [report.statuses[name] for name in BODY + HEAD]
+
+
+BESIDE = {
+    "nothing": ([], {}, 8),
+    "validation within the epoch": ([], {"val_check_interval": 2}, 8),
+    "fast_dev_run": ([], {"fast_dev_run": 2}, 2),
+    "swapped weights": ([Swapping], {}, 8),
+    "averaged weights": ([lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1)], {}, 8),
+    "checkpoints": (
+        [lambda: ModelCheckpoint(dirpath="kept", every_n_train_steps=2)],
+        {"enable_checkpointing": True},
+        8,
+    ),
+    "early stopping": ([lambda: EarlyStopping("loss", patience=0)], {"max_epochs": 9}, None),
+    "growing windows": ([lambda: GradientAccumulationScheduler({0: 2, 1: 1})], {}, 6),
+    "a timer that is up": ([lambda: Timer("00:00:00:00")], {}, 0),
+    "no batches": ([], {"limit_train_batches": 0}, 0),
+    "two runs": ([], {"fits": 2}, 16),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("others", "options", "steps"), BESIDE.values(), ids=BESIDE)
+def test_a_healthy_run_is_the_same_and_stays_silent(
+    others: list[Any], options: dict[str, Any], steps: int | None, capsys: Any
+):
+    """Beside each of these the weights are those without GradWatch, every step is reported, and nothing is said."""
+    _, bare = train(Lit(), *(make() for make in others), watch=False, **options)
+    capsys.readouterr()
+    reports, watched = train(Lit(), *(make() for make in others), **options)
+
+    assert watched == bare
+    assert steps is None or len(reports) == steps
+    assert all(statuses(report) == [Status.OK] * 4 for report in reports)
+    assert "gradient" not in capsys.readouterr().err
+
+
+def test_a_layer_unfrozen_by_schedule_is_followed():
+    """Frozen at first and trained from the second epoch on, a layer is never called missing."""
+    reports, _ = train(Lit(), Unfreezing())
+
+    frozen = [Status.FROZEN] * 2 + [Status.OK] * 2
+    assert [statuses(report) for report in reports] == [frozen] * 4 + [[Status.OK] * 4] * 4
+    assert [diagnosis for report in reports for diagnosis in report.diagnoses] == []
+
+
+def test_a_run_shorter_than_any_rule_still_says_what_never_trained(capsys: Any):
+    """In a smoke test of one batch the dead layer is named, though no rule can have fired."""
+
+    class Half(Lit):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            return self.head(batch).pow(2).mean()
+
+    reports, _ = train(Half(), fast_dev_run=1)
+
+    assert [d.parameters for report in reports for d in report.diagnoses] == [BODY]
+    assert "warning[unused]: `body.*` get no gradient" in capsys.readouterr().err
+
+
+class Boom(Lit):
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        if batch_idx == 1:
+            raise self.error
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (ValueError("mine"), ValueError),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), torch.cuda.OutOfMemoryError),
+        (KeyboardInterrupt(), SystemExit),  # what Lightning makes of it
+    ],
+    ids=["an error", "out of memory", "Ctrl-C"],
+)
+def test_a_run_that_is_interrupted_ends_as_it_would(error: BaseException, seen: type):
+    """The user's exception comes through unchanged, and the reports until then are kept."""
+    sink = MemorySink()
+    with pytest.raises(seen) as caught:
+        Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[GradWatch(every_n_steps=1, sinks=[sink])],
+        ).fit(Boom(error), DataLoader(torch.ones(3, 4), batch_size=1))  # type: ignore[arg-type]
+
+    assert seen is SystemExit or caught.value is error
+    assert getattr(caught.value, "__notes__", []) == []
+    assert [report.step for report in sink.reports] == [0]
+
+
+def test_a_callback_is_pickled_for_spawned_processes():
+    """Before a run the callback can be sent to another process, with its configuration."""
+    callback = GradWatch(for_steps=3, name="a")
+
+    copy = pickle.loads(pickle.dumps(callback))  # noqa: S301 -- what ddp_spawn does
+
+    assert (copy.config, copy.state_key) == (callback.config, "GradWatch:a")
+
+
+class StepsInBackward(Lit):
+    """Each parameter has an optimizer that steps as soon as its gradient is there."""
+
+    def configure_optimizers(self) -> Any:
+        own = {p: torch.optim.SGD([p], 0.01) for p in self.parameters()}
+
+        def step(parameter: Any) -> None:
+            own[parameter].step()
+            parameter.grad = None
+
+        for parameter in self.parameters():
+            parameter.register_post_accumulate_grad_hook(step)
+
+
+@pytest.mark.filterwarnings("ignore:.*this fit will run with no optimizer")
+def test_an_optimizer_inside_of_backward_is_said_once(caplog: pytest.LogCaptureFixture):
+    """Gradients that are used up within backward are unseen in every step, and no rule counts them."""
+    reports, _ = train(StepsInBackward(), batches=12)
+
+    assert {status for report in reports for status in report.statuses.values()} == {Status.UNSEEN}
+    assert [x for report in reports for x in (*report.diagnoses, *report.alerts)] == []
+    said = [record.getMessage() for record in caplog.records if record.name == "gradwatch"]
+    assert [text.partition(" and ")[0] for text in said] == [
+        "an optimizer steps inside of backward"
+    ]
+
+
+class Replaced(Lit):
+    """The head is made anew after the optimizer was built with the old one."""
+
+    def on_train_start(self) -> None:
+        self.head = nn.Linear(4, 1)
+
+
+def test_what_was_replaced_after_the_optimizer_was_built_is_named():
+    """The new parameters are in no optimizer; that it holds others like them, and where it was made, is noted."""
+    reports, _ = train(Replaced(), max_epochs=1)
+
+    (found,) = reports[0].diagnoses
+    assert (found.cause, found.parameters) == (Cause.NOT_IN_OPTIMIZER, HEAD)
+    assert found.notes[0].startswith("the optimizers hold 2 tensors of such shapes")
+    line = Lit.configure_optimizers.__code__.co_firstlineno
+    assert f"test_life.py:{line}" in found.notes[1]
+
+
+class Raw(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.head(self.body(batch)).pow(2).mean().backward()
+        optimizer.step()
+
+
+class Manual(Raw):
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.head(self.body(batch)).pow(2).mean())
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("model", "count"), [(Raw, 1), (Manual, 0)])
+def test_a_raw_backward_is_pointed_out_once(
+    model: Any, count: int, caplog: pytest.LogCaptureFixture
+):
+    """`loss.backward()` under manual optimization is judged all the same, and the better call is named once."""
+    reports, _ = train(model())
+
+    assert [statuses(report) for report in reports] == [[Status.OK] * 4] * 8
+    said = [record.getMessage() for record in caplog.records if record.name == "gradwatch"]
+    assert ["self.manual_backward(loss)" in text for text in said] == [True] * count
+
+
+def test_a_run_without_any_step_says_so(caplog: pytest.LogCaptureFixture):
+    """Backward passes without an optimizer step leave nothing to judge, and one line says it."""
+
+    class NoStep(Manual):
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.manual_backward(self.head(self.body(batch)).pow(2).mean())
+
+    reports, _ = train(NoStep())
+
+    assert reports == []
+    said = [record.getMessage() for record in caplog.records if record.name == "gradwatch"]
+    assert said == ["no optimizer step was seen in this run, so that nothing was judged"]
