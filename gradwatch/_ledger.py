@@ -16,7 +16,7 @@ from gradwatch._stats import measure
 from gradwatch.report import Cause, Diagnosis, GradStats, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from torch import Tensor
 
@@ -35,6 +35,7 @@ class Facts:
         self,
         parameters: Mapping[str, Tensor],
         scales: Mapping[str, float] = MappingProxyType({}),
+        total: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None,
     ) -> None:
         """Take the norms of the gradients that arrived."""
         absent = {*self.missing, *self.frozen, *self.unseen}
@@ -43,7 +44,7 @@ class Facts:
             for name, parameter in parameters.items()
             if name not in absent and parameter.grad is not None
         }
-        self.stats = measure(gradients, scales)
+        self.stats = measure(gradients, scales, total)
         self.measured = True
         self.statuses = self.complete(tuple(parameters))
         self.bad = [

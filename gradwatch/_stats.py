@@ -24,7 +24,7 @@ from gradwatch._record import version_of
 from gradwatch.report import GradStats
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 _HALVES = {torch.float16, torch.bfloat16}
 _DOUBLES = {torch.float64, torch.complex128}
@@ -129,6 +129,17 @@ def is_lazy(parameter: Tensor) -> bool:
     return isinstance(parameter, UninitializedParameter)
 
 
+def is_hidden(parameter: Tensor) -> bool:
+    """Tell whether ``.grad`` says nothing: without a shape, an empty shard, or in DeepSpeed's hands."""
+    return is_lazy(parameter) or is_deepspeed(parameter) or parameter.numel() == 0
+
+
+def is_deepspeed(parameter: Tensor) -> bool:
+    """Tell whether DeepSpeed's ZeRO takes a parameter's gradient away within backward."""
+    # Marks of DeepSpeed's own: it has no public way to ask.
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
 def scale_left(scaler: Any, optimizer: Any) -> float:
     """Return what an optimizer's gradients are multiplied with, right before it steps.
 
@@ -164,7 +175,9 @@ def is_searching(scaler: Any) -> bool:
 
 
 def measure(
-    gradients: Mapping[str, Tensor], scales: Mapping[str, float] = MappingProxyType({})
+    gradients: Mapping[str, Tensor],
+    scales: Mapping[str, float] = MappingProxyType({}),
+    total: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None,
 ) -> GradStats:
     """Return the L2 norm of each gradient, and which are zero or not finite.
 
@@ -175,6 +188,7 @@ def measure(
     Args:
         gradients: The gradients by name, of any shape, dtype, device, and layout.
         scales: What some of them are multiplied with (a GradScaler's scale), by name.
+        total: Sums values over all processes, where each holds a part of the gradients.
 
     Cost:
         One fused pass per device and one copy to the host per device; a second one only while some
@@ -184,6 +198,10 @@ def measure(
         >>> measure({"weight": torch.tensor([3.0, 4.0])}).norms
         {'weight': 5.0}
     """
+    weights: dict[str, float] = {}
+    if total is not None:
+        weights = {name: _share(gradient) for name, gradient in gradients.items()}
+        gradients = {name: _local(gradient) for name, gradient in gradients.items()}
     norms = _norms(gradients, wide=False)
     doubtful = {
         name: gradients[name]
@@ -192,10 +210,28 @@ def measure(
     }
     if doubtful:
         norms.update(_norms(doubtful, wide=True))
-    zero = frozenset(name for name in doubtful if norms[name] == 0.0)
-    nonfinite = frozenset(name for name in doubtful if not math.isfinite(norms[name]))
+    suspects: Iterable[str] = doubtful
+    if total is not None:
+        squares = total({name: norm**2 * weights[name] for name, norm in norms.items()})
+        norms = {name: math.sqrt(squares[name]) for name in norms}
+        suspects = norms
+    zero = frozenset(name for name in suspects if norms[name] == 0.0)
+    nonfinite = frozenset(name for name in suspects if not math.isfinite(norms[name]))
     norms.update({name: norms[name] / scale for name, scale in scales.items() if name in norms})
     return GradStats(norms, zero, nonfinite, math.hypot(*norms.values()))
+
+
+def _local(gradient: Tensor) -> Tensor:
+    """Return the part of a gradient that this process holds."""
+    local: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return local
+
+
+def _share(gradient: Tensor) -> float:
+    """Return the share of a part in the sum over all processes: several may hold the same one."""
+    mesh, placements = getattr(gradient, "device_mesh", None), getattr(gradient, "placements", ())
+    parts = math.prod(mesh.size(i) for i, p in enumerate(placements) if p.is_shard()) if mesh else 1
+    return float(parts) / torch.distributed.get_world_size()
 
 
 def _norms(gradients: Mapping[str, Tensor], *, wide: bool) -> dict[str, float]:

@@ -161,7 +161,7 @@ class Trace(Record):
         self._exited = False
         self._gradients: dict[int, str] = {}
         self._wraps: dict[int, Place | None] = {}
-        self._running: list[tuple[str | None, _Closed | None]] = []
+        self._running: list[tuple[str | None, _Closed | None, nn.Module]] = []
         self._grad_off_depth: int | None = None
         self._was_recording = True
         self._thread = threading.get_ident()
@@ -260,7 +260,7 @@ class Trace(Record):
         fast = _has_fast_path(module) and _is_innermost(self._mode)
         closed = fast or isinstance(module, torch.jit.ScriptModule)
         inside = _Closed(list(tensors_in((args,))), without_mode=fast) if closed else None
-        self._running.append((path, inside))
+        self._running.append((path, inside, module))
         if fast:
             # NOTE [Fast path] Any active function mode makes these modules take another way through
             # C++ in eval mode, with other rounding: they run without the mode, as one operation.
@@ -334,7 +334,8 @@ class Trace(Record):
             memory: int | None = tensor.untyped_storage().data_ptr()
         except (RuntimeError, NotImplementedError, ValueError):  # rare kinds of tensors
             version, memory = version_of(tensor), memory_of(tensor)
-            self.opaque = self.opaque or (memory is None and tensor.layout is torch.strided)
+            hidden = memory is None and tensor.layout is torch.strided
+            self.opaque = self.opaque or (hidden and not hasattr(tensor, "to_local"))
         entry = self._known[id(tensor)] = _Entry(tensor)
         entry.value, entry.version = number, version
         if memory:
@@ -390,6 +391,11 @@ class Trace(Record):
             op = self._append(torch.autograd.Function.apply, Kind.LINK, inputs, None)
             self.foreign[op.index] = weakref.ref(tensor)
             return self._produce(tensor, op)
+        name = self._gathered(tensor)
+        if name is not None:
+            number = self._register(tensor, Value(None, tensor.requires_grad))
+            self.values[number].parameter, self.values[number].settled = name, False
+            return number
         alias = self._alias(tensor)
         if alias is not None:
             place = self._wraps.get(id(tensor))
@@ -403,6 +409,18 @@ class Trace(Record):
             if frame is not None and _calls.calls_script(frame):
                 self.scripted[number] = _frames.here(frame)
         return number
+
+    def _gathered(self, tensor: Tensor) -> str | None:
+        """Return the parameter that FSDP2 has put together for a forward pass: the parts are others."""
+        if not self._running or not isinstance(tensor, nn.Parameter):
+            return None
+        module = self._running[-1][2]
+        path = self._paths.get(id(module))
+        for short, held in module.named_parameters(recurse=False):
+            name = f"{path}.{short}" if path else short
+            if held is tensor and hasattr(self._parameters.get(name), "to_local"):
+                return name
+        return None
 
     def _alias(self, tensor: Tensor) -> int | None:
         """Return the value over whose memory a leaf was put, where there is one."""

@@ -131,6 +131,7 @@ NOT_TRACED = (
     "tracing is switched off; with `trace: auto` in the configuration the cause is looked for"
 )
 GRAD_FILLS_NOTHING = "`torch.autograd.grad` returns gradients, and fills no `.grad`"
+DDP_HELP = "let it reach the loss, or pass `find_unused_parameters=True` to DDP where it is left out on purpose"
 RULED_OUT = (
     "ruled out: a cut that the trace has seen, a cleared gradient, and `backward(inputs=...)`"
 )
@@ -217,6 +218,31 @@ def strangers(count: int) -> str:
 def made_in(function: str, site: Site) -> str:
     """Say where the optimizers are made."""
     return f"the optimizers are made in `{function}` ({place(site)})"
+
+
+def on_ranks(ranks: Sequence[int], size: int) -> str:
+    """Say in which processes of a group something holds."""
+    return f"on {len(ranks)} of {size} ranks ({_ranks(ranks)})"
+
+
+def other_cause(ranks: Sequence[int], cause: Cause, site: Site | None) -> str:
+    """Say that other processes see another cause."""
+    where = "" if site is None else f" ({place(site)})"
+    return f"on {_ranks(ranks)} the cause is {cause}{where}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""  # noqa: PLR2004
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
+
+
+def ddp_waits(rank: int, size: int) -> str:
+    """Say what DDP does about a parameter without a gradient."""
+    return (
+        f"DDP waits for a gradient of every parameter, and rank {rank} of {size} has none here: the next "
+        "forward raises, or other ranks wait in this backward until their timeout"
+    )
 
 
 def inside_script(site: Site | None) -> str:

@@ -149,6 +149,7 @@ class GradWatch(_Bases):
                 scaler=getattr(trainer, "scaler", None),
                 # Private: set where `fit` was given a compiled module, which it unwraps.
                 compiled=getattr(pl_module, "_compiler_ctx", None) is not None,
+                around=trainer.model,
                 maker=pl_module.configure_optimizers,
                 clips=bool(getattr(trainer, "gradient_clip_val", None)),
                 every_n_steps=getattr(trainer, "log_every_n_steps", 50),  # set as an attribute only

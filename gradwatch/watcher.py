@@ -24,15 +24,17 @@ from torch.optim.optimizer import (
 
 from gradwatch import explain
 from gradwatch._diagnose import Inspection, not_in_optimizer, undetermined
+from gradwatch._distributed import Exchange, Group
 from gradwatch._ledger import Facts, Ledger
 from gradwatch._names import Names, Owners, is_compiled, names_of
 from gradwatch._raised import add_note
-from gradwatch._stats import Sensor, is_lazy, is_searching, scale_left
-from gradwatch._words import listed
+from gradwatch._stats import Sensor, is_deepspeed, is_hidden, is_searching, scale_left
+from gradwatch._words import DDP_HELP, ddp_waits, listed
 from gradwatch.config import Config, load_config
 from gradwatch.errors import DisconnectedParameterError, GradientAlertError, GradWatchError
 from gradwatch.report import Action, Alert, Cause, Diagnosis, Report, Status
 from gradwatch.rules import Judge, Observation, matches, worst
+from gradwatch.sinks.console import ConsoleSink
 from gradwatch.sinks.standard import standard_sinks
 
 if TYPE_CHECKING:
@@ -56,6 +58,10 @@ TAKEN_AWAY = (
     "seen, and nothing is said about them"
 )
 NO_STEP = "no optimizer step was seen in this run, so that nothing was judged"
+DEEPSPEED = (
+    "DeepSpeed keeps gradients to itself, so that nothing is said of its parameters; "
+    "`deepspeed.utils.safe_get_full_grad` reads one"
+)
 RAW_BACKWARD = (
     "`loss.backward()` was called in `training_step`, where Lightning cannot see it: use "
     "`self.manual_backward(loss)`, which also scales the loss under mixed precision"
@@ -124,6 +130,14 @@ class Watcher:
         <Status.OK: 'ok'>
     """
 
+    # What ``begin()`` sets.
+    _clips = False
+    _compiled = False
+    _writes = True
+    _maker: Callable[..., Any] | None = None
+    _group: Group | None = None
+    _said_raw = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -167,12 +181,9 @@ class Watcher:
         """Parameters for whose sake the next step is traced."""
         self._missed = 0
         self._scaler = scaler
-        self._clips = False
-        self._said_raw = False
-        self._maker: Callable[..., Any] | None = None
+        self._unshared: list[Diagnosis] = []
         self._taken: frozenset[str] = frozenset()
         """Names of those whose gradients an optimizer takes away within backward."""
-        self._compiled = False
         self._held: tuple[Report, Any] | None = None
         self._stepped = False
         self._written: set[str] = set()
@@ -244,7 +255,9 @@ class Watcher:
     def _judge_in_hook(self, optimizer: Any) -> None:
         self._in_hook = True
         try:
-            if self._is_ours(optimizer):
+            if self._off and self._group is not None and self._owners.holds(optimizer):
+                self._keep_company()
+            elif self._is_ours(optimizer):
                 self.judge_unseen(optimizer)
         finally:
             self._in_hook = False
@@ -302,22 +315,24 @@ class Watcher:
         optimizers: Sequence[Any],
         *,
         loggers: Iterable[Any] = (),
-        writes: bool = True,
+        writes: bool | None = None,
         every_n_steps: int = 50,
         scaler: Any = None,
         clips: bool = False,
         compiled: bool = False,
         maker: Callable[..., Any] | None = None,
+        around: nn.Module | None = None,
     ) -> None:
         """Begin the run, once optimizers and loggers exist.
 
         Args:
             optimizers: All optimizers of the run.
             loggers: Loggers of the trainer that get what their kind can show.
-            writes: Whether this process is the one that prints and writes.
+            writes: Whether this process is the one that prints and writes; None takes the first of a group.
             every_n_steps: Steps between measurements where the configuration does not say.
             scaler: The GradScaler of the run, where there is one.
             clips: Whether gradients are clipped between ``before_step()`` and the optimizer's own step.
+            around: What the trainer has wrapped the model in: DDP, say.
             maker: The function of the user's that makes the optimizers, to say where they are made.
             compiled: Whether the whole step is compiled, which the model itself does not show.
         """
@@ -331,12 +346,14 @@ class Watcher:
         self._every = self.config.log.every_n_steps or max(every_n_steps, 1)
         self._clips = clips
         self._maker = maker
+        self._group = Group.of(self._model, around)
+        self._writes = writes if writes is not None else not (self._group and self._group.rank)
         self._look_at_model()
         self._compiled = compiled or is_compiled(self._model)
         if self._compiled:
             # Eager kernels round otherwise and draw other dropout masks: not without need.
             self._wanted.clear()
-        if writes:
+        if self._writes:
             self._sinks = standard_sinks(
                 tuple(self._names.parameters),
                 loggers=loggers,
@@ -346,11 +363,13 @@ class Watcher:
                 scalars=self.config.tensorboard.scalars,
             )
         self._sinks += self._given_sinks
+        if any(map(is_deepspeed, self._names.parameters.values())):
+            _log.warning(DEEPSPEED)
         self._judge = Judge(
             self.config.rules, self.config.contract, self._names.aliases, self._names.parameters
         )
         self._judge.load_state_dict(self._saved.get("judge", {}))
-        unmatched = self._judge.unmatched() if writes and self._names.parameters else []
+        unmatched = self._judge.unmatched() if self._writes and self._names.parameters else []
         if unmatched:
             _log.warning("no parameter matches %s of the configuration", listed(unmatched))
 
@@ -386,8 +405,42 @@ class Watcher:
         """Note that a backward pass has ended."""
         self._sensor.after()
         self._backwards += 1
+        if self._group is not None and self._group.needs_every_gradient():
+            self._check_ddp(self._group)
 
-    @_harmless
+    def _check_ddp(self, group: Group) -> None:
+        """Say at once what DDP will fail over, before it does, and without asking other processes."""
+        latest = self._sensor.latest
+        missing = {
+            name: Status.MISSING
+            for name, parameter in self._names.parameters.items()
+            if parameter.requires_grad and name not in latest and not is_hidden(parameter)
+        }
+        new = {name: missing[name] for name in self._ledger.unknown(missing, missing)}
+        group.broken = group.broken or bool(missing)
+        if not new:
+            return
+        with nullcontext() if self._inspection is None else self._inspection.trace.paused():
+            found = (
+                undetermined(new, self._steps)
+                if self._inspection is None
+                else self._inspection.diagnose(new, self._steps)
+            )
+        waits = ddp_waits(group.rank, group.size)
+        found = tuple(
+            replace(diagnosis, notes=(*diagnosis.notes, waits), help=DDP_HELP)
+            for diagnosis in found
+        )
+        self._ledger.add(found)
+        if not self._writes:
+            self._sinks.append(ConsoleSink(names=tuple(self._names.parameters)))
+        statuses = {n: missing.get(n, Status.OK) for n in self._names.parameters}
+        self._write(
+            Report(
+                step=self._steps, statuses=statuses, diagnoses=found, aliases=self._names.aliases
+            )
+        )
+
     def before_step(self, optimizer: Any, *, step: int | None = None) -> None:
         """Judge a step, right before its optimizer writes.
 
@@ -398,6 +451,12 @@ class Watcher:
         Raises:
             GradientAlertError: A rule with ``action: abort`` fired.
         """
+        if self._off:
+            self._keep_company()
+        self._before_step(optimizer, step)
+
+    @_harmless
+    def _before_step(self, optimizer: Any, step: int | None) -> None:
         if self._judge is None or not self._anything_ran():
             return
         if self._owners.changed():
@@ -440,9 +499,15 @@ class Watcher:
             report = replace(report, clipped_norm=facts.stats.total)
         self._write(report)
 
-    @_harmless
     def end_batch(self) -> None:
         """End a batch: leave the trace, and write what belongs to the batch."""
+        if self._off and self._stepped:
+            self._stepped = False
+            self._batches += 1
+        self._end_batch()
+
+    @_harmless
+    def _end_batch(self) -> None:
         if self._inspection is not None:
             self._inspection.leave()
             if self._stepped:
@@ -480,6 +545,7 @@ class Watcher:
         self._release()
         if self._backwards and not self._steps and not self._off:
             _log.warning(NO_STEP)
+        self._group = None
         self._end()
 
     def _end(self) -> None:
@@ -536,10 +602,15 @@ class Watcher:
             return self._judged_aside(covered, optimizer)
 
     def _judged_aside(self, covered: tuple[str, ...], optimizer: Any) -> Report | None:
-        logged = (self._batches + 1) % self._every == 0
-        inspection = self._inspection
-        scales = self._scales(covered, optimizer) if logged or inspection is not None else None
-        facts = self._facts(covered, scales)
+        logged = self._is_logged
+        exchange = self._exchange()
+        facts = self._facts(covered)
+        if exchange is not None:
+            exchange.news = bool(self._unshared or self._unexplained(facts))
+        if self._can_measure(exchange):
+            total = exchange.total if exchange is not None and exchange.group.sharded else None
+            parameters = {name: self._names.parameters[name] for name in covered}
+            facts.measure(parameters, self._scales(covered, optimizer), total)
         searching = bool(facts.stats.nonfinite) and is_searching(self._scaler)
         if searching:
             facts.bad = [n for n in facts.bad if facts.statuses[n] is not Status.NONFINITE]
@@ -558,6 +629,11 @@ class Watcher:
         alerts = self._judge.observe(observation)
         healed = self._ledger.heal(covered, facts, self._steps, self._owners.orphans)
         found = self._diagnosed(covered, facts)
+        if exchange is not None:
+            found, alerts = self._shared(exchange, found, alerts)
+        elif self._group is not None:
+            self._unshared += found
+        self._ledger.add(found)
         self._plan(facts)
         if not (logged or alerts or healed or found):
             return None
@@ -574,6 +650,45 @@ class Watcher:
             batch=self._batches,
         )
 
+    @property
+    def _is_logged(self) -> bool:
+        return (self._batches + 1) % self._every == 0
+
+    def _exchange(self) -> Exchange | None:
+        """Return the collective of this step: only its number may decide whether there is one."""
+        group = self._group
+        if group is None or group.broken or not (self._is_logged or self._batches == 0):
+            return None
+        return Exchange(group, tuple(self._names.parameters))
+
+    def _can_measure(self, exchange: Exchange | None) -> bool:
+        """Tell whether the norms are taken in this step: parts of gradients only together."""
+        if self._group is not None and self._group.sharded:
+            return exchange is not None
+        return self._is_logged or self._inspection is not None
+
+    def _shared(
+        self, exchange: Exchange, found: tuple[Diagnosis, ...], alerts: tuple[Alert, ...]
+    ) -> tuple[tuple[Diagnosis, ...], tuple[Alert, ...]]:
+        """Return what is new on any rank, and the alerts of all."""
+        exchange.news = exchange.news or bool(found or alerts)
+        if not exchange.finish():
+            return found, alerts
+        mine = {name for diagnosis in self._unshared for name in diagnosis.parameters}
+        found, alerts = exchange.group.share((*self._unshared, *found), alerts)
+        self._unshared = []
+        return tuple(d for d in found if not mine.issuperset(d.parameters)), alerts
+
+    def _keep_company(self) -> None:
+        """After a failure of ours, tell the other ranks at their next collective that this one is off."""
+        exchange = self._exchange()
+        self._stepped = True
+        if exchange is not None:
+            try:
+                exchange.apologize()
+            except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+                _log.warning("the other ranks could not be told", exc_info=error)
+
     def _scales(self, covered: tuple[str, ...], optimizer: Any) -> dict[str, float]:
         """Return what gradients are still multiplied with: no one unscales those in no optimizer."""
         own = scale_left(self._scaler, optimizer)
@@ -582,7 +697,7 @@ class Watcher:
         scales = {name: loose if name in orphans else own for name in covered}
         return {name: scale for name, scale in scales.items() if scale != 1.0}
 
-    def _facts(self, covered: tuple[str, ...], scales: dict[str, float] | None) -> Facts:
+    def _facts(self, covered: tuple[str, ...]) -> Facts:
         parameters = self._names.parameters
         chosen = frozenset(covered)
         absent = [name for name in self._sensor.missing() if name in chosen]
@@ -592,18 +707,15 @@ class Watcher:
             self._taken |= self._inspection.unseen
             emptied = self._inspection.cleared & chosen
             absent += [name for name in covered if name in emptied and name not in absent]
-        unseen = [name for name in absent if name in self._taken or is_lazy(parameters[name])]
-        facts = Facts(
+        unseen = [name for name in absent if name in self._taken or is_hidden(parameters[name])]
+        return Facts(
             missing=[name for name in absent if name not in unseen],
             frozen=[name for name in covered if not parameters[name].requires_grad],
             unseen=unseen,
         )
-        if scales is not None:
-            facts.measure({name: parameters[name] for name in covered}, scales)
-        return facts
 
-    def _diagnosed(self, covered: tuple[str, ...], facts: Facts) -> bool:
-        """Add what this step shows to what is known; return whether it is news."""
+    def _diagnosed(self, covered: tuple[str, ...], facts: Facts) -> tuple[Diagnosis, ...]:
+        """Return what this step shows that is not known yet."""
         meant = self._unexplained(facts)
         found: list[Diagnosis] = []
         orphans = [name for name in self._owners.orphans if name in covered]
@@ -631,8 +743,7 @@ class Watcher:
             found += self._inspection.diagnose(open_, self._steps)
         elif self.config.trace == "never" and open_:
             found += undetermined(open_, self._steps)
-        self._ledger.add(found)
-        return bool(found)
+        return tuple(found)
 
     def _unexplained(self, facts: Facts) -> list[str]:
         """Return those that are bad without a diagnosis, and not just for now."""
@@ -835,7 +946,7 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
         absent = {n for n in names if n not in have or self._names.parameters[n].grad is None}
         wants = {n for n in names if self._names.parameters[n].requires_grad}
         taken = inspection.unseen
-        unseen = {n for n in absent if n in taken or is_lazy(self._names.parameters[n])}
+        unseen = {n for n in absent if n in taken or is_hidden(self._names.parameters[n])}
         facts = Facts(
             [n for n in names if n in absent & wants - unseen],
             [n for n in names if n not in wants],
