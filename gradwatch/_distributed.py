@@ -33,6 +33,16 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "to_local")
 
 
+def is_flattened(*models: nn.Module | None) -> bool:
+    """Tell whether FSDP1 keeps parameters in flat pieces, of which ``.grad`` says nothing by name."""
+    return any(
+        type(module).__name__ == "FullyShardedDataParallel"
+        for model in models
+        if model is not None
+        for module in model.modules()
+    )
+
+
 class Group:
     """The processes of a run.
 

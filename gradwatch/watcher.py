@@ -24,7 +24,7 @@ from torch.optim.optimizer import (
 
 from gradwatch import explain
 from gradwatch._diagnose import Inspection, not_in_optimizer, undetermined
-from gradwatch._distributed import Exchange, Group
+from gradwatch._distributed import Exchange, Group, is_flattened
 from gradwatch._ledger import Facts, Ledger
 from gradwatch._names import Names, Owners, is_compiled, names_of
 from gradwatch._raised import add_note
@@ -58,6 +58,10 @@ TAKEN_AWAY = (
     "seen, and nothing is said about them"
 )
 NO_STEP = "no optimizer step was seen in this run, so that nothing was judged"
+FLATTENED = (
+    "FSDP1 keeps gradients in flat pieces without names, so that nothing is watched in this run; with "
+    "FSDP2 (`torch.distributed.fsdp.fully_shard`) everything is"
+)
 DEEPSPEED = (
     "DeepSpeed keeps gradients to itself, so that nothing is said of its parameters; "
     "`deepspeed.utils.safe_get_full_grad` reads one"
@@ -348,6 +352,10 @@ class Watcher:
         self._maker = maker
         self._group = Group.of(self._model, around)
         self._writes = writes if writes is not None else not (self._group and self._group.rank)
+        if is_flattened(self._model, around):
+            _log.warning(FLATTENED)
+            self._off = True
+            return
         self._look_at_model()
         self._compiled = compiled or is_compiled(self._model)
         if self._compiled:

@@ -22,6 +22,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -293,6 +294,27 @@ def sharded() -> Any:
         fit(Sharded(cut=False), strategy=fsdp()),
         fit(Sharded(cut=True), strategy=fsdp()),
     ]
+
+
+@scenario
+def flattened() -> Any:
+    """FSDP1, which can be watched in neither of its two forms."""
+    found: list[Any] = []
+    for names_kept in (False, True):
+        torch.manual_seed(0)
+        model = FullyShardedDataParallel(
+            nn.Sequential(nn.Linear(4, 6), Detach(), nn.Linear(6, 1)),
+            device_id=torch.device("cpu"),
+            use_orig_params=names_kept,
+        )
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with Watcher(model, optimizers=[optimizer], every_n_steps=1) as watcher:
+            for _ in range(3):
+                with watcher.step():
+                    model(torch.ones(1, 4)).sum().backward()
+                    optimizer.step()
+        found += [d.parameters for d in watcher.diagnoses]
+    return found
 
 
 def run(name: str, rank: int, folder: Path, store: str) -> None:

@@ -188,6 +188,16 @@ def test_a_cut_before_a_sharded_layer_is_named(ranks: Any):
     assert silence == ""
 
 
+def test_fsdp1_cannot_be_watched_and_says_so(ranks: Any):
+    """In flat pieces no parameter is called dead: one line says that nothing is watched."""
+    answer, err = ranks("flattened", 0)
+
+    assert answer == []
+    lines = [line for line in err.splitlines() if "FSDP1 keeps gradients in flat pieces" in line]
+    assert len(lines) == 2  # one for each run
+    assert "warning[" not in err
+
+
 # ---- one process
 
 

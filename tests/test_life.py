@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import (
     Timer,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from gradwatch import Cause, GradWatch, Status
@@ -238,6 +239,48 @@ def test_what_was_replaced_after_the_optimizer_was_built_is_named():
     assert found.notes[0].startswith("the optimizers hold 2 tensors of such shapes")
     line = Lit.configure_optimizers.__code__.co_firstlineno
     assert f"test_life.py:{line}" in found.notes[1]
+
+
+class Adapted(Lit):
+    """A frozen body with a low-rank adapter inside of a checkpoint, and a head that trains."""
+
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.body.requires_grad_(False)
+        self.lora_a, self.lora_b = nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False)
+        nn.init.zeros_(self.lora_b.weight)
+        self.reentrant = reentrant
+
+    def block(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.lora_b(self.lora_a(x)))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        h = checkpoint(self.block, batch, use_reentrant=self.reentrant)
+        return self.head(h).pow(2).mean()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_adapters_inside_of_a_checkpoint_that_cuts_them_off():
+    """With `use_reentrant=True` and a frozen base no adapter trains, which is said at the user's call."""
+    reports, _ = train(Adapted(reentrant=True), max_epochs=1)
+
+    (found,) = reports[-1].diagnoses
+    assert (found.cause, found.parameters) == (
+        Cause.REENTRANT_CHECKPOINT,
+        ("lora_a.weight", "lora_b.weight"),
+    )
+    assert found.site is not None
+    assert found.site.source is not None
+    assert "checkpoint(self.block, batch" in found.site.source
+
+
+def test_adapters_that_begin_at_zero_are_no_fault():
+    """The first factor of an adapter has a gradient of zero in the first step only, and nothing is said of it."""
+    reports, _ = train(Adapted(reentrant=False), max_epochs=1)
+
+    first = [report.statuses["lora_a.weight"] for report in reports]
+    assert first == [Status.ZERO, Status.OK, Status.OK, Status.OK]
+    assert [diagnosis for report in reports for diagnosis in report.diagnoses] == []
 
 
 class Raw(Lit):
