@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradwatch.config import Config, load_config
-    from gradwatch.errors import ConfigError, DisconnectedParameterError, GradientAlertError
+    from gradwatch.errors import (
+        ConfigError,
+        DisconnectedParameterError,
+        GradientAlertError,
+        HistoryError,
+    )
+    from gradwatch.history import History, read_history
     from gradwatch.lightning import GradWatch
     from gradwatch.report import Alert, Cause, Diagnosis, Report, Site, Status
     from gradwatch.watcher import Watcher, diagnose
@@ -25,12 +31,15 @@ _HOMES = {
     "DisconnectedParameterError": "errors",
     "GradWatch": "lightning",
     "GradientAlertError": "errors",
+    "History": "history",
+    "HistoryError": "errors",
     "Report": "report",
     "Site": "report",
     "Status": "report",
     "Watcher": "watcher",
     "diagnose": "watcher",
     "load_config": "config",
+    "read_history": "history",
 }
 
 __all__ = [
@@ -42,12 +51,15 @@ __all__ = [
     "DisconnectedParameterError",
     "GradWatch",
     "GradientAlertError",
+    "History",
+    "HistoryError",
     "Report",
     "Site",
     "Status",
     "Watcher",
     "diagnose",
     "load_config",
+    "read_history",
 ]
 
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from gradwatch import sinks
+from gradwatch import history, sinks
 from gradwatch.errors import ConfigError
 from gradwatch.explain import render
 from gradwatch.report import Action, Alert, Cause, Diagnosis, Report, Severity, Site, Status
@@ -530,10 +530,13 @@ loader = importlib.import_module("tensorboard.backend.event_processing.event_fil
 
 
 def events(folder):
-    """Return the events of the one event file, its head left out."""
+    """Return the events of the one event file, without its head and the plugin's records."""
     (file,) = Path(folder).iterdir()
     return [
-        entry for entry in loader.EventFileLoader(str(file)).Load() if entry.HasField("summary")
+        entry
+        for entry in loader.EventFileLoader(str(file)).Load()
+        if entry.HasField("summary")
+        and not entry.summary.value[0].tag.startswith(f"{history.PREFIX}/")
     ]
 
 
@@ -778,7 +781,8 @@ def test_messages_of_the_writers_package(monkeypatch):
 
     class FileWriter:
         def add_summary(self, message, step):
-            written.append((step, [value.tag for value in message.value][:1]))
+            if not message.value[0].tag.startswith(f"{history.PREFIX}/"):
+                written.append((step, [value.tag for value in message.value][:1]))
 
     FileWriter.__module__ = "tensorboardX.writer"
 

@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from gradwatch._words import printable
 from gradwatch.explain import markdown
+from gradwatch.history import Recorder, value_of
 from gradwatch.sinks._batches import Batches, log10
 from gradwatch.sinks._map import StatusMap
 
@@ -77,6 +78,8 @@ class TensorBoardSink:
         self._batches = Batches()
         self._map = _Drawing(clock)
         self._page = _Page(clock)
+        self._history = Recorder(clock)
+        self._batch = 0
         self._statuses: dict[str, Status] = {}
 
     def write(self, report: Report) -> None:
@@ -94,6 +97,7 @@ class TensorBoardSink:
             return
         self._add_values(self._map.batch, [], self._map.last())
         self._add_text(self._page.last())
+        self._add_history(self._history.flush())
         self._writer.flush()
 
     def _record(self, record: Record | None) -> None:
@@ -106,6 +110,18 @@ class TensorBoardSink:
             values += self._parameter_values(report)
         self._add_values(report.batch, values, self._map.add(report))
         self._add_text(self._page.add(report, self._statuses))
+        self._batch = report.batch
+        if report.logged:
+            due = self._history.add(report.batch, report.step, report.statuses, report.norms)
+            self._add_history(due)
+        self._add_history(self._history.findings(report))
+
+    def _add_history(self, due: Iterable[tuple[str, bytes]]) -> None:
+        file = _event_file(self._writer)
+        proto = _messages(file)
+        entries = [value_of(proto, tag, content) for tag, content in due]
+        if entries:
+            file.add_summary(proto.Summary(value=entries), self._batch)
 
     def _add_values(
         self, batch: int, values: Iterable[tuple[str, float]], picture: Picture | None
