@@ -53,6 +53,12 @@ class Facts:
             if status in {Status.MISSING, Status.ZERO, Status.NONFINITE}
         ]
 
+    def ended(self, name: str, status: Status) -> bool:
+        """Tell whether a parameter does not show a status any more, as far as this step can tell."""
+        if self.measured:
+            return self.statuses.get(name, status) not in {status, Status.UNSEEN}
+        return status is Status.MISSING and name not in self.statuses and name not in self.unseen
+
     def complete(self, covered: Collection[str]) -> dict[str, Status]:
         """Return the status of every covered parameter, in the model's order."""
         known = (
@@ -105,7 +111,6 @@ class Ledger:
         self, covered: Collection[str], facts: Facts, step: int, orphans: Collection[str]
     ) -> tuple[Diagnosis, ...]:
         """Close and return the diagnoses none of whose parameters shows its status any more."""
-        bad = set(facts.bad)
         over = [
             name
             for name, (status, number) in self._open.items()
@@ -113,7 +118,7 @@ class Ledger:
             and (
                 name not in orphans
                 if self._made[number].cause is Cause.NOT_IN_OPTIMIZER
-                else name not in bad and (facts.measured or status is Status.MISSING)
+                else facts.ended(name, status)
             )
         ]
         healed = []

@@ -1,4 +1,4 @@
-"""The command ``gradwatch``: read about a cause, check a configuration.
+"""The command ``gradwatch``: read about a cause, check a configuration, report on a run.
 
 What this room knows that no other does: what stands on a command line, and what a shell expects back. The
 words are those of ``explain`` and ``config``. It loads no torch, so that it answers at once.
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gradwatch._words import SUMMARIES
-from gradwatch.errors import ConfigError
-from gradwatch.explain import did_you_mean, explain
+from gradwatch.errors import ConfigError, HistoryError
+from gradwatch.explain import did_you_mean, explain, render
 from gradwatch.report import Cause
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ examples:
   gradwatch explain                      list the causes
   gradwatch explain detached             read about one of them
   gradwatch config configs/strict.yaml   find the mistakes of a file
+  gradwatch report runs/one              say what was found in a run, and write it as a web page
 """
 _EXPLAIN_EXAMPLES = """\
 examples:
@@ -47,6 +48,13 @@ examples:
   gradwatch config gradwatch.yaml        say "ok", or show every mistake with its line and column
   gradwatch config --schema > gradwatch.schema.json
                                          for editors: completion and checks while typing
+"""
+
+_REPORT_EXAMPLES = """\
+examples:
+  gradwatch report runs/one              print the findings, and write gradwatch.html
+  gradwatch report lightning_logs/version_3 --output report.html
+  gradwatch report runs/one --output -   print the findings only
 """
 
 
@@ -90,6 +98,9 @@ def _run(argv: Sequence[str] | None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return _MISTAKE
+    except HistoryError as error:
+        print(f"error[history]: {error}", file=sys.stderr)
+        return _MISTAKE
     except SystemExit as end:  # argparse's way to end after `--help` and after a mistake
         return int(end.code or 0)
     return 0
@@ -130,7 +141,46 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_explain(commands)
     _add_config(commands)
+    _add_report(commands)
     return parser
+
+
+def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = commands.add_parser(
+        "report",
+        help="say what was found in a run, and write it as a web page",
+        description="Prints the findings of a run, and writes findings and map into one HTML file.",
+        epilog=_REPORT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("log_dir", metavar="LOG_DIR", help="folder of the run's event file")
+    command.add_argument(
+        "--output",
+        metavar="FILE",
+        default="gradwatch.html",
+        help="the file to write, - for none (default: gradwatch.html)",
+    )
+    command.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    # NumPy and tensorboard, a second of imports that no other command needs.
+    history = importlib.import_module("gradwatch.history")
+    page = importlib.import_module("gradwatch._page")
+    known = history.read_history(arguments.log_dir)
+    holding = [d for d in known.report.diagnoses if d.healed_at is None]
+    for diagnosis in holding:
+        print(render(diagnosis, known.names), end="\n\n")
+    for alert in known.report.alerts:
+        print(render(alert, known.names), end="\n\n")
+    if not holding:
+        print(f"no problem found in {len(known.names)} parameters")
+    if arguments.output != "-":
+        title = Path(arguments.log_dir).resolve().name
+        Path(arguments.output).write_text(page.html_of(known, title), "utf-8")
+        print(
+            f"{len(known.batches)} logged steps of {len(known.names)} parameters: {arguments.output}"
+        )
 
 
 def _add_explain(commands: argparse._SubParsersAction[_Parser]) -> None:

@@ -105,6 +105,21 @@ def render(subject: Diagnosis | Alert | Report, all_names: Iterable[str] = ()) -
     return "\n\n".join(render(entry, names) for entry in entries)
 
 
+def fact(diagnosis: Diagnosis, all_names: Iterable[str] = ()) -> str:
+    """Return the one sentence that a diagnosis begins with.
+
+    Args:
+        diagnosis: What to tell.
+        all_names: As for ``render``.
+
+    Example:
+        >>> print(fact(Diagnosis(Severity.WARNING, Cause.UNUSED, Status.MISSING, ("w",))))
+        `w` gets no gradient
+    """
+    names = fold(diagnosis.parameters, all_names)
+    return f"{_words.listed(names)} {_fact(diagnosis, names)}"
+
+
 def healed(diagnosis: Diagnosis, all_names: Iterable[str] = ()) -> str:
     """Return the one line that says that a diagnosis no longer holds.
 
@@ -252,10 +267,7 @@ def markdown(
 
 
 def _render_diagnosis(diagnosis: Diagnosis, all_names: Iterable[str]) -> str:
-    names = fold(diagnosis.parameters, all_names)
-    heading = (
-        f"{diagnosis.severity}[{diagnosis.cause}]: {_words.listed(names)} {_fact(diagnosis, names)}"
-    )
+    heading = f"{diagnosis.severity}[{diagnosis.cause}]: {fact(diagnosis, all_names)}"
     site = diagnosis.site
     # The user's own line is the one to look at; what a library does inside it is evidence.
     place = site.caller if site and site.caller else site

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from gradwatch.report import Alert
+    from gradwatch.report import Alert, Diagnosis
 
 PLUGIN = "gradwatch"
 PREFIX = "_gradwatch"
@@ -49,6 +49,7 @@ _SECONDS = 10.0
 _CELLS = 50_000_000
 _MOST = 4096
 _ALERTS = 100
+_FINDINGS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class History:
     quantized: NDArray[np.uint8]
     """The norms as they are stored, one byte each."""
     report: Report = Report(step=0)  # noqa: RUF009 -- it is frozen
-    """All diagnoses that held last, and the alerts of the run, the newest first."""
+    """All diagnoses that were made, with what healed, and the alerts, the newest first."""
 
     @property
     def norm_log10(self) -> NDArray[np.float32]:
@@ -127,6 +128,7 @@ class Recorder:
         self._is_written = True
         self._alerts: tuple[Alert, ...] = ()
         self._findings: str | None = None
+        self._known: dict[Any, Diagnosis] = {}
 
     def add(
         self, batch: int, step: int, statuses: Mapping[str, Status], norms: Mapping[str, float]
@@ -145,9 +147,11 @@ class Recorder:
     def findings(self, report: Report) -> Iterator[tuple[str, bytes]]:
         """Yield the diagnoses that hold, and the alerts so far, where they have changed."""
         self._alerts = (*report.alerts, *self._alerts)[:_ALERTS]
-        said = Report(report.step, diagnoses=report.diagnoses, alerts=self._alerts)
+        self._known |= {(d.cause, d.site, d.parameters, d.step): d for d in report.diagnoses}
+        made = tuple(self._known.values())[-_FINDINGS:]
+        said = Report(report.step, diagnoses=made, alerts=self._alerts)
         text = json.dumps({key: said.to_dict()[key] for key in ("diagnoses", "alerts")})
-        if text != self._findings and (report.diagnoses or self._alerts or self._findings):
+        if text != self._findings and (made or self._alerts):
             self._findings = text
             content = json.dumps(replace(said, batch=report.batch).to_dict())
             yield f"{PREFIX}/findings", content.encode()
