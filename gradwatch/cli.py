@@ -181,6 +181,7 @@ def _report(arguments: argparse.Namespace) -> None:
         print(
             f"{len(known.batches)} logged steps of {len(known.names)} parameters: {arguments.output}"
         )
+    print(importlib.import_module("gradwatch.sinks").links(arguments.log_dir))
 
 
 def _add_explain(commands: argparse._SubParsersAction[_Parser]) -> None:

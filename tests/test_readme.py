@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
-from gradwatch import cli
+from gradwatch import Watcher, cli
 from gradwatch._words import SUMMARIES
 from gradwatch.config import load_config
 from gradwatch.report import Cause
@@ -119,6 +120,16 @@ def test_yaml_blocks(text: str) -> None:
     assert load_config("readme.yaml").rules
 
 
+def watched_run(folder: str) -> None:
+    """Train for a step, with TensorBoard's files in a folder."""
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    watcher = Watcher(model, optimizers=[optimizer], log_dir=folder, every_n_steps=1)
+    with watcher, watcher.step():
+        model(torch.ones(1, 1)).sum().backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("command", commands())
 def test_commands(capsys: pytest.CaptureFixture[str], command: str) -> None:
     """Every command that is named exists: a target of the Makefile, or one of ``gradwatch``."""
@@ -129,7 +140,9 @@ def test_commands(capsys: pytest.CaptureFixture[str], command: str) -> None:
         assert arguments[0] in targets
     else:
         config = ROOT / "configs" / "strict.yaml"
-        real = {"FILE": str(config), "NAME": "detached"}
+        real = {"FILE": str(config), "NAME": "detached", "LOG_DIR": "run"}
+        if "LOG_DIR" in arguments:
+            watched_run("run")
         words = [real.get(word, word) for word in arguments]
 
         assert program == "gradwatch"

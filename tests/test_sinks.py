@@ -810,12 +810,13 @@ def test_messages_of_the_writers_package(monkeypatch):
 
 
 def test_links():
-    """The links name the folder, and pin the map and the three most telling curves."""
-    command, address = sinks.links("my runs/v0", "gw").splitlines()
+    """The links name the folder and the tab, and pin the map and the three most telling curves."""
+    command, tab, address = sinks.links("my runs/v0", "gw").splitlines()
 
     pinned = address.partition("pinnedCards=")[2].partition("&")[0]
     parse = importlib.import_module("urllib.parse")
     assert command == "tensorboard --logdir 'my runs/v0'"
+    assert tab == "http://localhost:6006/#gradwatch"
     assert address.startswith("http://localhost:6006/?pinnedCards=%5B%7B%22plugin%22")
     assert address.endswith("&smoothing=0#timeseries")
     assert json.loads(parse.unquote(pinned)) == [

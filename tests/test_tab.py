@@ -200,7 +200,7 @@ def test_report_prints_and_writes_one_file(tmp_path: Path, capsys: pytest.Captur
 
     out = capsys.readouterr().out
     assert out.startswith("warning[detached]: `cut.*` get no gradient\n  --> net.py:12")
-    assert out.endswith(f"60 logged steps of 5 parameters: {page}\n")
+    assert f"60 logged steps of 5 parameters: {page}\ntensorboard --logdir " in out
     text = page.read_text()
     assert EVIL not in text
     assert re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)|@import|url\(", text) == []
@@ -210,7 +210,7 @@ def test_report_of_a_healthy_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     """Without findings it says so, and with `-` it writes nothing."""
     assert main(["report", str(write(tmp_path / "run", sick=False)), "--output", "-"]) == 0
 
-    assert capsys.readouterr().out == "no problem found in 5 parameters\n"
+    assert capsys.readouterr().out.startswith("no problem found in 5 parameters\ntensorboard ")
 
 
 def test_report_of_nothing_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -6,18 +6,21 @@ any trainer. Limits: a logger of one's own that only looks like TensorBoard's is
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
 from gradwatch.sinks.console import ConsoleSink
 from gradwatch.sinks.jsonl import JsonLinesSink
 from gradwatch.sinks.logger import LoggerSink
-from gradwatch.sinks.tensorboard import TensorBoardSink
+from gradwatch.sinks.tensorboard import TensorBoardSink, links
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
     from gradwatch.sinks import Sink
+
+_log = logging.getLogger("gradwatch")
 
 
 def standard_sinks(
@@ -47,9 +50,11 @@ def standard_sinks(
         sinks.append(JsonLinesSink(jsonl))
     if log_dir is not None:
         sinks.append(_OwnTensorBoardSink(log_dir, prefix, scalars))
+        _log.info("%s", links(log_dir, prefix))
     for logger in loggers:
         if _is_tensorboard(logger):
             sinks.append(TensorBoardSink(logger.experiment, prefix, scalars))
+            _log.info("%s", links(getattr(logger, "log_dir", "."), prefix))
         else:
             sinks.append(LoggerSink(logger, prefix))
     return sinks

@@ -226,7 +226,7 @@ class _Page:
 
 
 def links(log_dir: str | os.PathLike[str], prefix: str = "gradwatch") -> str:
-    """Return the command that starts TensorBoard on ``log_dir``, and the address with the cards pinned.
+    """Return the command that starts TensorBoard on ``log_dir``, and the addresses of the tab and the cards.
 
     Args:
         log_dir: The folder that holds the event file.
@@ -241,8 +241,14 @@ def links(log_dir: str | os.PathLike[str], prefix: str = "gradwatch") -> str:
     ]
     cards += [{"plugin": "scalars", "tag": f"{prefix}/{name}"} for name in _PINNED]
     pinned = quote(json.dumps(cards, separators=(",", ":")), safe="")
-    address = f"http://localhost:6006/?pinnedCards={pinned}&smoothing=0#timeseries"
-    return f"tensorboard --logdir {shlex.quote(str(log_dir))}\n{address}"
+    home = "http://localhost:6006/"
+    return "\n".join(
+        [
+            f"tensorboard --logdir {shlex.quote(str(log_dir))}",
+            f"{home}#gradwatch",
+            f"{home}?pinnedCards={pinned}&smoothing=0#timeseries",
+        ]
+    )
 
 
 def _event_file(writer: Any) -> Any:
