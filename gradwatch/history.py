@@ -87,8 +87,9 @@ def quantized(norms: NDArray[np.float64]) -> NDArray[np.uint8]:
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log10(norms)
-    scaled = np.rint((logs - LOWEST) * _SCALE) + TINY + 1
-    inside = np.clip(np.nan_to_num(scaled, nan=HUGE, posinf=HUGE, neginf=TINY), TINY, HUGE)
+        scaled = np.rint((logs - LOWEST) * _SCALE) + (TINY + 1)
+    # NaN, which stays NaN in a clip, counts as huge.
+    inside = np.where(scaled < HUGE, np.maximum(scaled, TINY), HUGE)
     found: NDArray[np.uint8] = inside.astype(np.uint8)
     return found
 
@@ -119,6 +120,11 @@ class Recorder:
         self._names: tuple[str, ...] = ()
         self._index: dict[str, int] = {}
         self._set = -1
+        # Names come in the same order nearly always: where they belong is looked up only when not.
+        self._order: list[str] = []
+        self._places: NDArray[np.intp] = np.zeros(0, np.intp)
+        self._measured: list[str] = []
+        self._columns: NDArray[np.intp] = np.zeros(0, np.intp)
         self._rows: list[tuple[int, int, NDArray[np.uint8]]] = []
         self._pool: tuple[int, int, NDArray[np.uint8]] | None = None
         self._pooled = 0
@@ -134,10 +140,13 @@ class Recorder:
         self, batch: int, step: int, statuses: Mapping[str, Status], norms: Mapping[str, float]
     ) -> Iterator[tuple[str, bytes]]:
         """Take one record; yield the tags and bytes that are due."""
-        if not self._index.keys() >= statuses.keys():
-            yield from self.flush()
-            self._begin(batch, statuses)
-            yield f"{PREFIX}/params/{batch:010d}", _packed_names(self._names)
+        order = list(statuses)
+        if order != self._order:
+            if not self._index.keys() >= statuses.keys():
+                yield from self.flush()
+                self._begin(batch, statuses)
+                yield f"{PREFIX}/params/{batch:010d}", _packed_names(self._names)
+            self._order, self._places = order, self._places_of(order)
         self._merge(batch, step, self._cells(statuses, norms))
         if self._pooled == self._stride:
             self._keep()
@@ -174,18 +183,28 @@ class Recorder:
         self._names = tuple(dict.fromkeys((*self._names, *statuses)))
         self._index = {name: position for position, name in enumerate(self._names)}
         self._set = batch
+        self._measured = []
+        self._columns = np.zeros(0, np.intp)
 
     def _cells(
         self, statuses: Mapping[str, Status], norms: Mapping[str, float]
     ) -> NDArray[np.uint8]:
         cells = np.zeros((2, len(self._names)), np.uint8)
         cells[0] = Status.UNSEEN.code
-        places = [self._index[name] for name in statuses]
-        cells[0, places] = [status.code for status in statuses.values()]
-        measured = [name for name in norms if name in self._index]
-        values = quantized(np.array([norms[name] for name in measured], np.float64))
-        cells[1, [self._index[name] for name in measured]] = values
+        cells[0, self._places] = Status.OK.code
+        ok, found = Status.OK, list(statuses.values())
+        if found.count(ok) < len(found):
+            for position, status in enumerate(found):
+                if status is not ok:
+                    cells[0, self._places[position]] = status.code
+        measured = list(norms)
+        if measured != self._measured:
+            self._measured, self._columns = measured, self._places_of(measured)
+        cells[1, self._columns] = quantized(np.fromiter(norms.values(), np.float64, len(norms)))
         return cells
+
+    def _places_of(self, names: list[str]) -> NDArray[np.intp]:
+        return np.array([self._index[name] for name in names], np.intp)
 
     def _merge(self, batch: int, step: int, cells: NDArray[np.uint8]) -> None:
         if self._pool is None:
