@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradwatch._single import diagnose
     from gradwatch.config import Config, load_config
     from gradwatch.errors import (
         ConfigError,
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from gradwatch.history import History, read_history
     from gradwatch.lightning import GradWatch
     from gradwatch.report import Alert, Cause, Diagnosis, Report, Site, Status
-    from gradwatch.watcher import Watcher, diagnose
+    from gradwatch.watcher import Watcher
 
 _HOMES = {
     "Alert": "report",
@@ -37,7 +38,7 @@ _HOMES = {
     "Site": "report",
     "Status": "report",
     "Watcher": "watcher",
-    "diagnose": "watcher",
+    "diagnose": "_single",
     "load_config": "config",
     "read_history": "history",
 }

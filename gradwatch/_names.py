@@ -38,6 +38,13 @@ class Names:
     """For each tied parameter all of its names, the key first."""
 
 
+def checked(model: Any, call: str) -> nn.Module:
+    """Return a model, or say what was expected in a call."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`{call}`: expected a `torch.nn.Module`, found `{type(model).__name__}`")
+    return model
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     """Return what a wrapper of torch's wraps, or the module itself."""
     while True:

@@ -131,6 +131,23 @@ NOT_TRACED = (
     "tracing is switched off; with `trace: auto` in the configuration the cause is looked for"
 )
 GRAD_FILLS_NOTHING = "`torch.autograd.grad` returns gradients, and fills no `.grad`"
+TAKEN_AWAY = (
+    "an optimizer steps inside of backward and empties `.grad`: the gradients of its parameters cannot be "
+    "seen, and nothing is said about them"
+)
+NO_STEP = "no optimizer step was seen in this run, so that nothing was judged"
+FLATTENED = (
+    "FSDP1 keeps gradients in flat pieces without names, so that nothing is watched in this run; with "
+    "FSDP2 (`torch.distributed.fsdp.fully_shard`) everything is"
+)
+DEEPSPEED = (
+    "DeepSpeed keeps gradients to itself, so that nothing is said of its parameters; "
+    "`deepspeed.utils.safe_get_full_grad` reads one"
+)
+RAW_BACKWARD = (
+    "`loss.backward()` was called in `training_step`, where Lightning cannot see it: use "
+    "`self.manual_backward(loss)`, which also scales the loss under mixed precision"
+)
 DDP_HELP = "let it reach the loss, or pass `find_unused_parameters=True` to DDP where it is left out on purpose"
 RULED_OUT = (
     "ruled out: a cut that the trace has seen, a cleared gradient, and `backward(inputs=...)`"

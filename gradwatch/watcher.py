@@ -1,4 +1,4 @@
-"""What a training loop talks to: one diagnosed pass, or a whole watched run, in plain PyTorch.
+"""What a training loop talks to: a whole watched run, in plain PyTorch.
 
 What this room knows that no other does: the order of things in a run. When a step begins and ends, when
 it is worth tracing, what was already said, and what must be gone when the run is over. It judges
@@ -16,20 +16,18 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
-from torch import nn
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
-from gradwatch import explain
+from gradwatch import _words, explain
 from gradwatch._diagnose import Inspection, not_in_optimizer, undetermined
 from gradwatch._distributed import Exchange, Group, is_flattened
 from gradwatch._ledger import Facts, Ledger
-from gradwatch._names import Names, Owners, is_compiled, names_of
+from gradwatch._names import Names, Owners, checked, is_compiled, names_of
 from gradwatch._raised import add_note
 from gradwatch._stats import Sensor, is_deepspeed, is_hidden, is_searching, scale_left
-from gradwatch._words import DDP_HELP, ddp_waits, listed
 from gradwatch.config import Config, load_config
 from gradwatch.errors import DisconnectedParameterError, GradientAlertError, GradWatchError
 from gradwatch.report import Action, Alert, Cause, Diagnosis, Report, Status
@@ -42,6 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
 
+    from torch import nn
+
     from gradwatch.sinks import Sink
 
 MAX_TRACES = 10
@@ -53,23 +53,6 @@ MAX_MISSED = 20
 MAX_HUNT = 5
 """Steps traced in a row to catch a gradient that is not finite now and then."""
 
-TAKEN_AWAY = (
-    "an optimizer steps inside of backward and empties `.grad`: the gradients of its parameters cannot be "
-    "seen, and nothing is said about them"
-)
-NO_STEP = "no optimizer step was seen in this run, so that nothing was judged"
-FLATTENED = (
-    "FSDP1 keeps gradients in flat pieces without names, so that nothing is watched in this run; with "
-    "FSDP2 (`torch.distributed.fsdp.fully_shard`) everything is"
-)
-DEEPSPEED = (
-    "DeepSpeed keeps gradients to itself, so that nothing is said of its parameters; "
-    "`deepspeed.utils.safe_get_full_grad` reads one"
-)
-RAW_BACKWARD = (
-    "`loss.backward()` was called in `training_step`, where Lightning cannot see it: use "
-    "`self.manual_backward(loss)`, which also scales the loss under mixed precision"
-)
 
 _log = logging.getLogger("gradwatch")
 _P = ParamSpec("_P")
@@ -161,7 +144,7 @@ class Watcher:
         self.report = Report(step=0)
         self.should_stop = False
         """Whether a rule with ``action: stop`` has fired: a hand-written loop has to look, and end."""
-        self._model = _checked_model(model, "Watcher(model)")
+        self._model = checked(model, "Watcher(model)")
         self._optimizers = _as_optimizers(optimizers)
         self._complete = bool(self._optimizers)
         self._log_dir = log_dir
@@ -303,7 +286,7 @@ class Watcher:
         """Say once that a backward pass came by another way than the trainer's."""
         if not self._said_raw:
             self._said_raw = True
-            _log.warning(RAW_BACKWARD)
+            _log.warning(_words.RAW_BACKWARD)
 
     @_harmless
     def settle(self) -> None:
@@ -353,7 +336,7 @@ class Watcher:
         self._group = Group.of(self._model, around)
         self._writes = writes if writes is not None else not (self._group and self._group.rank)
         if is_flattened(self._model, around):
-            _log.warning(FLATTENED)
+            _log.warning(_words.FLATTENED)
             self._off = True
             return
         self._look_at_model()
@@ -372,14 +355,14 @@ class Watcher:
             )
         self._sinks += self._given_sinks
         if any(map(is_deepspeed, self._names.parameters.values())):
-            _log.warning(DEEPSPEED)
+            _log.warning(_words.DEEPSPEED)
         self._judge = Judge(
             self.config.rules, self.config.contract, self._names.aliases, self._names.parameters
         )
         self._judge.load_state_dict(self._saved.get("judge", {}))
         unmatched = self._judge.unmatched() if self._writes and self._names.parameters else []
         if unmatched:
-            _log.warning("no parameter matches %s of the configuration", listed(unmatched))
+            _log.warning("no parameter matches %s of the configuration", _words.listed(unmatched))
 
     @_harmless
     def begin_batch(self) -> None:
@@ -434,9 +417,9 @@ class Watcher:
                 if self._inspection is None
                 else self._inspection.diagnose(new, self._steps)
             )
-        waits = ddp_waits(group.rank, group.size)
+        waits = _words.ddp_waits(group.rank, group.size)
         found = tuple(
-            replace(diagnosis, notes=(*diagnosis.notes, waits), help=DDP_HELP)
+            replace(diagnosis, notes=(*diagnosis.notes, waits), help=_words.DDP_HELP)
             for diagnosis in found
         )
         self._ledger.add(found)
@@ -552,7 +535,7 @@ class Watcher:
         self._plain.close()
         self._release()
         if self._backwards and not self._steps and not self._off:
-            _log.warning(NO_STEP)
+            _log.warning(_words.NO_STEP)
         self._group = None
         self._end()
 
@@ -711,7 +694,7 @@ class Watcher:
         absent = [name for name in self._sensor.missing() if name in chosen]
         if self._inspection is not None:
             if self._inspection.unseen - self._taken:
-                _log.warning(TAKEN_AWAY)
+                _log.warning(_words.TAKEN_AWAY)
             self._taken |= self._inspection.unseen
             emptied = self._inspection.cleared & chosen
             absent += [name for name in covered if name in emptied and name not in absent]
@@ -823,12 +806,6 @@ def _as_optimizers(given: Any) -> tuple[Any, ...]:
     return (given,) if hasattr(given, "param_groups") else tuple(given)
 
 
-def _checked_model(model: Any, call: str) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`{call}`: expected a `torch.nn.Module`, found `{type(model).__name__}`")
-    return model
-
-
 def _watched(names: Names, config: Config) -> Names:
     """Leave out the parameters that the configuration excludes."""
     if config.watch.include == ("*",) and not config.watch.exclude:
@@ -854,112 +831,3 @@ def _alert_error(report: Report, names: Iterable[str]) -> GradientAlertError:
     kind = DisconnectedParameterError if disconnected else GradientAlertError
     text = "\n\n".join([f"rule `{fatal[0].rule}` ended the run: {headline}", *texts])
     return kind(text, report)
-
-
-class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagnosis:`
-    """Diagnose one pass: say afterwards which parameters got no gradient, why, and where.
-
-    Nothing is logged, and nothing stays behind: ``.grad``, buffers, random numbers and hooks are as they
-    would be without it. An exception of yours passes through unchanged, with a note on its cause.
-
-    Args:
-        model: The module whose parameters are asked about.
-
-    Cost:
-        About the time of five small operations for each one: a pass of large ones hardly notices.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
-        >>> with diagnose(model) as diagnosis:
-        ...     model[1](model[0](torch.ones(1, 2)).detach()).sum().backward()
-        >>> [str(found.cause) for found in diagnosis.report.diagnoses]
-        ['detached']
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.report = Report(step=0)
-        self._model = _checked_model(model, "diagnose(model)")
-        self._inspection: Inspection | None = None
-        self._judged: dict[str, Status] = {}
-        self._norms: dict[str, float] = {}
-
-    def __str__(self) -> str:
-        return explain.render(self.report, tuple(self.report.statuses))
-
-    def __enter__(self) -> Self:
-        self.report = Report(step=0)
-        self._judged, self._norms = {}, {}
-        with self._harmless():
-            self._names = names_of(self._model)
-            self._inspection = Inspection(
-                self._names.parameters, self._names.modules, sizes=True, on_step=self._judge_written
-            )
-            self._inspection.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        del kind, traceback
-        inspection, self._inspection = self._inspection, None
-        if inspection is None:
-            return
-        with self._harmless():
-            try:
-                if error is None:
-                    self._judge(inspection, frozenset(self._names.parameters))
-            finally:
-                inspection.stop()
-            if error is None:
-                self.report = self._reported(inspection)
-            elif isinstance(error, Exception):
-                add_note(error, inspection, self._model, ())
-
-    @contextmanager
-    def _harmless(self) -> Iterator[None]:
-        """Turn a failure of ours inside into one log record, and say nothing of the pass."""
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
-            inspection, self._inspection = self._inspection, None
-            if inspection is not None:
-                inspection.stop()
-            _log.warning("GradWatch failed: this pass is not diagnosed", exc_info=error)
-
-    def _reported(self, inspection: Inspection) -> Report:
-        statuses = {name: self._judged[name] for name in self._names.parameters}
-        return Report(
-            step=0,
-            logged=True,
-            statuses=statuses,
-            norms=self._norms,
-            aliases=self._names.aliases,
-            diagnoses=inspection.diagnose(statuses, 0),
-        )
-
-    def _judge_written(self, written: frozenset[str]) -> None:
-        with self._harmless():
-            if self._inspection is not None:
-                self._judge(self._inspection, written)
-
-    def _judge(self, inspection: Inspection, written: frozenset[str]) -> None:
-        """Take the status of parameters that are about to be written, or that are left at the end."""
-        names = [n for n in self._names.parameters if n in written and n not in self._judged]
-        have = inspection.received
-        absent = {n for n in names if n not in have or self._names.parameters[n].grad is None}
-        wants = {n for n in names if self._names.parameters[n].requires_grad}
-        taken = inspection.unseen
-        unseen = {n for n in absent if n in taken or is_hidden(self._names.parameters[n])}
-        facts = Facts(
-            [n for n in names if n in absent & wants - unseen],
-            [n for n in names if n not in wants],
-            [n for n in names if n in unseen & wants],
-        )
-        facts.measure({n: self._names.parameters[n] for n in names})
-        self._judged.update(facts.statuses)
-        self._norms.update(facts.stats.norms)

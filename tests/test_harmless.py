@@ -479,7 +479,7 @@ def test_after_a_failure_nothing_is_watched(monkeypatch: pytest.MonkeyPatch):
         "gradwatch._trace.Trace._begin",
         "gradwatch._trace.Trace._finish",
         "gradwatch._ledger.measure",
-        "gradwatch.watcher.names_of",
+        "gradwatch._single.names_of",
     ],
 )
 def test_a_failure_inside_of_diagnose_does_not_reach_the_pass(
