@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 import weakref
+from itertools import repeat
+from operator import attrgetter, is_
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +48,9 @@ class Sensor:
         self.names = tuple(parameters)
         self._parameters = tuple(parameters.values())
         self._held: dict[int, tuple[weakref.ref[Tensor], int]] | None = None
+        self._everyone = frozenset(range(len(self.names)))
         self._arrived: set[int] = set()
-        self._latest: set[int] = set()
+        self._latest: frozenset[int] = frozenset()
         self._first: dict[int, weakref.ref[Tensor]] | None = None
 
     @property
@@ -82,19 +85,22 @@ class Sensor:
         if self._held is None:
             return
         held, self._held = self._held, None
-        latest = set()
-        for position, gradient in enumerate([p.grad for p in self._parameters]):
-            if gradient is None:
-                continue
-            known = held.get(position)
-            if known is None or known[0]() is not gradient or known[1] != _version(gradient):
-                latest.add(position)
-        self._latest = latest
-        self._arrived |= latest
+        gradients = [p.grad for p in self._parameters]
+        if not held and not _any_none(gradients):
+            self._latest = self._everyone
+        else:
+            self._latest = frozenset(
+                position
+                for position, gradient in enumerate(gradients)
+                if gradient is not None and _is_new(gradient, held.get(position))
+            )
+        self._arrived |= self._latest
 
     def missing(self) -> list[str]:
         """Return the names of those that want a gradient and have none of this step."""
         arrived = self._arrived
+        if len(arrived) == len(self.names) and not _any_none(map(_grad, self._parameters)):
+            return []
         return [
             name
             for position, (name, parameter) in enumerate(
@@ -117,6 +123,18 @@ class Sensor:
         else:
             chosen = frozenset(names)
             self._arrived = {i for i in self._arrived if self.names[i] not in chosen}
+
+
+_grad = attrgetter("grad")
+
+
+def _any_none(gradients: Iterable[Tensor | None]) -> bool:
+    """Tell whether one is None; written so that the loop runs in C, and no tensor is compared."""
+    return True in map(is_, gradients, repeat(None))
+
+
+def _is_new(gradient: Tensor, known: tuple[weakref.ref[Tensor], int] | None) -> bool:
+    return known is None or known[0]() is not gradient or known[1] != _version(gradient)
 
 
 def _version(tensor: Tensor) -> int:
