@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "max_epochs": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Options of a Trainer that trains for one epoch on the CPU, and prints and writes nothing."""
+
 LIGHTNING_LOGGERS = (
     "pytorch_lightning",
     "lightning_fabric",

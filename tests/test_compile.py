@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gradwatch import Cause, GradWatch, Watcher
+from tests.conftest import QUIET
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,15 +74,8 @@ def train(
     model = Lit(cut=cut)
     given = compiled(model, how, backend)
     torch.manual_seed(1)
-    Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[] if callback is None else [callback],
-    ).fit(given, DataLoader(torch.ones(6, 2), batch_size=1))  # type: ignore[arg-type]
+    data: Any = DataLoader(torch.ones(6, 2), batch_size=1)  # type: ignore[arg-type]
+    Trainer(**QUIET, callbacks=[] if callback is None else [callback]).fit(given, data)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     net = getattr(model.net, "_orig_mod", model.net)
     return net.eager, graphs, [p.detach().tolist() for p in model.parameters()]

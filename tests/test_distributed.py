@@ -18,6 +18,7 @@ from gradwatch._distributed import Group
 from gradwatch._stats import is_hidden
 from gradwatch.report import Severity
 from gradwatch.sinks import MemorySink
+from tests.conftest import QUIET
 from tests.ranks import Lit, Sharded
 
 pytestmark = pytest.mark.distributed
@@ -160,15 +161,9 @@ def test_sharded_parameters_have_their_true_norms(ranks: Any):
     """Under FSDP2 norms are those of one process, an empty shard is not missing, and names are clean."""
     sink = MemorySink()
     data: Any = DataLoader(torch.ones(4, 4), batch_size=1)  # type: ignore[arg-type]
-    Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[GradWatch(every_n_steps=2, sinks=[sink])],
-    ).fit(Sharded(cut=False, shard=False), data)
+    Trainer(**QUIET, callbacks=[GradWatch(every_n_steps=2, sinks=[sink])]).fit(
+        Sharded(cut=False, shard=False), data
+    )
     for rank in (0, 1):
         (bare, watched, _), _ = ranks("sharded", rank)
 

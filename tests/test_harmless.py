@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from gradwatch import GradWatch, Report, Watcher, diagnose
 from gradwatch.sinks import MemorySink
-from tests.conftest import process_state
+from tests.conftest import QUIET, process_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -166,15 +166,7 @@ class Lit(LightningModule):
 
 
 def fit(model: LightningModule, *callbacks: Any, **options: Any) -> Trainer:
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu",
-        "max_epochs": 2,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 1,
-    }
+    quiet = QUIET | {"max_epochs": 2, "num_sanity_val_steps": 1}
     trainer = Trainer(callbacks=list(callbacks), **quiet | options)
     trainer.fit(model, loader(4), loader(2))
     return trainer

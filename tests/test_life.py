@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from gradwatch import Cause, GradWatch, Status
 from gradwatch.sinks import MemorySink
+from tests.conftest import QUIET
 
 BODY = ("body.weight", "body.bias")
 HEAD = ("head.weight", "head.bias")
@@ -73,15 +74,7 @@ def train(
     watch = [GradWatch(every_n_steps=1, sinks=[sink])] if options.pop("watch", True) else []
     torch.manual_seed(1)
     data: Any = DataLoader(torch.randn(2 * batches, 4), batch_size=2)  # type: ignore[arg-type]
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "max_epochs": 2,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "callbacks": [*callbacks, *watch],
-    }
+    defaults = QUIET | {"max_epochs": 2, "callbacks": [*callbacks, *watch]}
     for _ in range(fits):
         Trainer(**defaults | options).fit(model, data, data)
     return sink.reports, [p.detach().tolist() for p in model.parameters()]
@@ -171,16 +164,10 @@ class Boom(Lit):
 def test_a_run_that_is_interrupted_ends_as_it_would(error: BaseException, seen: type):
     """The user's exception comes through unchanged, and the reports until then are kept."""
     sink = MemorySink()
+    data: Any = DataLoader(torch.ones(3, 4), batch_size=1)  # type: ignore[arg-type]
+    watch = GradWatch(every_n_steps=1, sinks=[sink])
     with pytest.raises(seen) as caught:
-        Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[GradWatch(every_n_steps=1, sinks=[sink])],
-        ).fit(Boom(error), DataLoader(torch.ones(3, 4), batch_size=1))  # type: ignore[arg-type]
+        Trainer(**QUIET, callbacks=[watch]).fit(Boom(error), data)
 
     assert seen is SystemExit or caught.value is error
     assert getattr(caught.value, "__notes__", []) == []

@@ -22,6 +22,7 @@ from gradwatch import (
     Status,
 )
 from gradwatch.sinks import MemorySink
+from tests.conftest import QUIET
 
 OK, MISSING, FROZEN = Status.OK, Status.MISSING, Status.FROZEN
 PATIENT = Config(rules=())
@@ -88,17 +89,7 @@ def data(batches: int) -> DataLoader[Tensor]:
 
 def trainer_of(pl: Any, callback: Any, **options: Any) -> Any:
     """Return a quiet Trainer on the CPU."""
-    quiet = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "callbacks": [callback],
-    }
-    return pl.Trainer(**quiet | options)
+    return pl.Trainer(**QUIET | {"callbacks": [callback]} | options)
 
 
 def fit(pl: Any, model: Any, callback: GradWatch, *, batches: int = 4, **options: Any) -> Any:

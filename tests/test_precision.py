@@ -13,16 +13,7 @@ from torch.utils.data import DataLoader
 from gradwatch import Cause, GradWatch, Report, Status, Watcher
 from gradwatch._stats import scale_left
 from gradwatch.sinks import MemorySink
-
-QUIET = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "max_epochs": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+from tests.conftest import QUIET
 
 
 @pytest.fixture(params=["pytorch_lightning", "lightning.pytorch"])
