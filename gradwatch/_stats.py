@@ -63,6 +63,11 @@ class Sensor:
         """Names of those that the last backward pass gave a gradient to."""
         return frozenset(self.names[position] for position in self._latest)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last backward pass gave a gradient to every parameter."""
+        return self._latest is self._everyone or len(self._latest) == len(self.names)
+
     def watches(self, parameters: Mapping[str, Tensor]) -> bool:
         """Tell whether these are the very parameters that are watched, under the same names."""
         return self.names == tuple(parameters) and all(

@@ -242,8 +242,9 @@ class Watcher:
     def _judge_in_hook(self, optimizer: Any) -> None:
         self._in_hook = True
         try:
-            if self._off and self._group is not None and self._owners.holds(optimizer):
-                self._keep_company()
+            if self._off and self._group is not None:
+                if optimizer in self._optimizers:
+                    self._keep_company()
             elif self._is_ours(optimizer):
                 self.judge_unseen(optimizer)
         finally:
@@ -401,6 +402,8 @@ class Watcher:
 
     def _check_ddp(self, group: Group) -> None:
         """Say at once what DDP will fail over, before it does, and without asking other processes."""
+        if self._sensor.is_complete:
+            return
         latest = self._sensor.latest
         missing = {
             name: Status.MISSING
@@ -672,16 +675,19 @@ class Watcher:
 
     def _keep_company(self) -> None:
         """After a failure of ours, tell the other ranks at their next collective that this one is off."""
-        exchange = self._exchange()
-        self._stepped = True
-        if exchange is not None:
-            try:
+        try:
+            exchange = self._exchange()
+            if exchange is not None:
                 exchange.apologize()
-            except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
-                _log.warning("the other ranks could not be told", exc_info=error)
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            self._group = None
+            _log.warning("the other ranks could not be told", exc_info=error)
+        self._stepped = True
 
     def _scales(self, covered: tuple[str, ...], optimizer: Any) -> dict[str, float]:
         """Return what gradients are still multiplied with: no one unscales those in no optimizer."""
+        if self._scaler is None:
+            return {}
         own = scale_left(self._scaler, optimizer)
         loose = scale_left(self._scaler, None) if self._owners.orphans else 1.0
         orphans = set(self._owners.orphans)

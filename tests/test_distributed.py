@@ -244,3 +244,17 @@ def test_empty_shards_and_deepspeed_are_unseen(caplog: pytest.LogCaptureFixture)
     assert [r.getMessage().partition(",")[0] for r in caplog.records if r.name == "gradwatch"] == [
         "DeepSpeed keeps gradients to itself"
     ]
+
+
+def test_a_failure_before_the_run_began_is_a_log_record(caplog: pytest.LogCaptureFixture):
+    """A process whose GradWatch never came to its feet trains on, and does not raise at a shared step."""
+    watcher = Watcher(torch.nn.Linear(1, 1))
+    watcher._off = True
+    watcher._group = object.__new__(Group)
+    watcher._group.broken = False
+
+    watcher.before_step(None)
+    watcher.end_batch()
+
+    said = [record.getMessage() for record in caplog.records if record.name == "gradwatch"]
+    assert said == ["the other ranks could not be told"]
