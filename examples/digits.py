@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(
         f"{accuracy:.1%} of {len(test)} held-out images right, {seconds:.0f} s of training"
     )
-    console.print("\nEvery parameter's gradient, step by step:\n")
+    console.print("\nEvery parameter at every logged step, in TensorBoard's GradWatch tab:\n")
     console.print(f"    {tensorboard_command(logger.log_dir)}", markup=False, soft_wrap=True)
     if not options.fixed:
         console.print(
