@@ -78,7 +78,7 @@ class Inspection(BackwardListener):
         self.passes: list[Passed] = []
         self._modules = dict(modules)
         self.sizes = sizes
-        self.sensor = Sensor(self.parameters)
+        self.sensor = Sensor(self.parameters, each=True)
         self._on_step = on_step
         self.unseen: frozenset[str] = frozenset()
         """Names of those whose gradients an optimizer takes away before backward ends."""

@@ -9,6 +9,8 @@ Limits: zeros and non-finite values are known on measured steps only, and so is 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
+from operator import attrgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -21,15 +23,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_BAD = frozenset({Status.MISSING, Status.ZERO, Status.NONFINITE})
+_grad = attrgetter("grad")
+
+
 class Facts:
     """What is known of one step's gradients."""
 
-    def __init__(self, missing: list[str], frozen: list[str], unseen: list[str]) -> None:
-        self.missing, self.frozen, self.unseen = missing, frozen, unseen
+    def __init__(
+        self, missing: list[str], frozen: Callable[[], list[str]], unseen: list[str]
+    ) -> None:
+        self.missing, self.unseen = missing, unseen
+        self._frozen = frozen
         self.stats = GradStats({})
         self.measured = False
         self.statuses: dict[str, Status] = dict.fromkeys(missing, Status.MISSING)
         self.bad: list[str] = list(missing)
+
+    @cached_property
+    def frozen(self) -> list[str]:
+        """Names of those that want no gradient: asked for only where it matters."""
+        return self._frozen()
 
     def measure(
         self,
@@ -39,19 +53,15 @@ class Facts:
     ) -> None:
         """Take the norms of the gradients that arrived."""
         absent = {*self.missing, *self.frozen, *self.unseen}
-        gradients = {
-            name: parameter.grad
-            for name, parameter in parameters.items()
-            if name not in absent and parameter.grad is not None
-        }
+        gradients = dict(zip(parameters, map(_grad, parameters.values()), strict=True))
+        if absent:
+            gradients = {name: g for name, g in gradients.items() if name not in absent}
+        gradients = {name: gradient for name, gradient in gradients.items() if gradient is not None}
         self.stats = measure(gradients, scales, total)
         self.measured = True
-        self.statuses = self.complete(tuple(parameters))
-        self.bad = [
-            name
-            for name, status in self.statuses.items()
-            if status in {Status.MISSING, Status.ZERO, Status.NONFINITE}
-        ]
+        self.statuses = self.complete(parameters)
+        found = self.not_ok
+        self.bad = [n for n in self.statuses if n in found and found[n] in _BAD] if found else []
 
     def ended(self, name: str, status: Status) -> bool:
         """Tell whether a parameter does not show a status any more, as far as this step can tell."""
@@ -59,16 +69,22 @@ class Facts:
             return self.statuses.get(name, status) not in {status, Status.UNSEEN}
         return status is Status.MISSING and name not in self.statuses and name not in self.unseen
 
-    def complete(self, covered: Collection[str]) -> dict[str, Status]:
-        """Return the status of every covered parameter, in the model's order."""
-        known = (
+    @property
+    def not_ok(self) -> dict[str, Status]:
+        """What is known of all that did not get a gradient of a usual size, or any at all."""
+        return (
             dict.fromkeys(self.stats.zero, Status.ZERO)
             | dict.fromkeys(self.stats.nonfinite, Status.NONFINITE)
             | dict.fromkeys(self.frozen, Status.FROZEN)
             | dict.fromkeys(self.missing, Status.MISSING)
             | dict.fromkeys(self.unseen, Status.UNSEEN)
         )
-        return {name: known.get(name, Status.OK) for name in covered}
+
+    def complete(self, covered: Iterable[str]) -> dict[str, Status]:
+        """Return the status of every covered parameter, in the model's order."""
+        statuses = dict.fromkeys(covered, Status.OK)
+        statuses.update((n, status) for n, status in self.not_ok.items() if n in statuses)
+        return statuses
 
 
 class Ledger:

@@ -9,6 +9,7 @@ Limits: tensors are found in nested lists, tuples and dicts, not inside objects 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from gradwatch._calls import Kind, Wrapper, public_name
 
 if TYPE_CHECKING:
     import weakref
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from gradwatch._frames import Place
 
@@ -217,11 +218,23 @@ def fractions_in(item: Any, limit: int = 1000) -> Iterator[float]:
             yield from fractions_in(inner, limit)
 
 
+# Private: no public counter tells of a write.
+_version = attrgetter("_version")
+
+
 def version_of(tensor: Tensor) -> int:
     try:
-        return tensor._version  # noqa: SLF001 -- no public counter tells of a write
+        return int(_version(tensor))
     except (RuntimeError, ValueError):  # inference tensors and lazy parameters keep none
         return 0
+
+
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the versions of many tensors, in C where all of them have one."""
+    try:
+        return list(map(_version, tensors))
+    except (RuntimeError, ValueError):
+        return list(map(version_of, tensors))
 
 
 def memory_of(tensor: Tensor) -> int | None:

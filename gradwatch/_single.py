@@ -128,7 +128,7 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
         unseen = {n for n in absent if n in taken or is_hidden(self._names.parameters[n])}
         facts = Facts(
             [n for n in names if n in absent & wants - unseen],
-            [n for n in names if n not in wants],
+            lambda: [n for n in names if n not in wants],
             [n for n in names if n in unseen & wants],
         )
         facts.measure({n: self._names.parameters[n] for n in names})

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import math
 import weakref
-from itertools import repeat
-from operator import attrgetter, is_
+from itertools import compress, repeat
+from operator import and_, attrgetter, call, is_, is_not, ne, not_
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from gradwatch._record import version_of
+from gradwatch._record import version_of, versions_of
 from gradwatch.report import GradStats
 
 if TYPE_CHECKING:
@@ -37,114 +37,218 @@ class Sensor:
 
     Args:
         parameters: The parameters by name.
+        each: Whether ``latest`` is asked for after each backward pass; otherwise passes that can tell
+            nothing new are not looked at.
 
     Cost:
-        Two passes over ``.grad`` for each backward pass, about 0.1 microseconds a parameter each;
-        versions are read only where a gradient was held before. No kernel, no synchronization, and no
-        gradient is kept alive.
+        Two passes over ``.grad`` for each step, in C, 0.1 microseconds a parameter each; weak references
+        and versions are taken only where a gradient was held before. No kernel, no synchronization, and
+        no gradient is kept alive.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], *, each: bool = False) -> None:
         self.names = tuple(parameters)
         self._parameters = tuple(parameters.values())
-        self._held: dict[int, tuple[weakref.ref[Tensor], int]] | None = None
+        self._each = each
         self._everyone = frozenset(range(len(self.names)))
-        self._arrived: set[int] = set()
+        self._arrived: frozenset[int] = frozenset()
         self._latest: frozenset[int] = frozenset()
-        self._first: dict[int, weakref.ref[Tensor]] | None = None
+        self._held: _Held | None = None
+        """What was there when the backward pass began that is not over, or not looked at yet."""
+        self._first: _Held | None = None
+        """What was there when the first one of this step began."""
+        self._is_over = False
+        """Whether that pass is over: where nothing was held, looking can wait until somebody asks."""
+        self._pattern: tuple[list[bool], frozenset[int]] = ([], frozenset())
+        self._clears = False
+        """Whether the user's loop leaves no gradient behind at the end of a step."""
 
     @property
     def arrived(self) -> frozenset[str]:
         """Names of those that were given a gradient since ``restart()``."""
+        self._look(self._gradients())
         return frozenset(self.names[position] for position in self._arrived)
 
     @property
     def latest(self) -> frozenset[str]:
         """Names of those that the last backward pass gave a gradient to."""
+        self._look(self._gradients())
         return frozenset(self.names[position] for position in self._latest)
 
     @property
     def is_complete(self) -> bool:
         """Whether the last backward pass gave a gradient to every parameter."""
-        return self._latest is self._everyone or len(self._latest) == len(self.names)
+        self._look(self._gradients())
+        return len(self._latest) == len(self.names)
 
     def watches(self, parameters: Mapping[str, Tensor]) -> bool:
         """Tell whether these are the very parameters that are watched, under the same names."""
         return self.names == tuple(parameters) and all(
-            known is given
-            for known, given in zip(self._parameters, parameters.values(), strict=True)
+            map(is_, self._parameters, parameters.values())
         )
 
     def before(self) -> None:
         """Note what is there when a backward pass begins."""
-        self._held = {
-            position: (weakref.ref(gradient), _version(gradient))
-            for position, gradient in enumerate([p.grad for p in self._parameters])
-            if gradient is not None
-        }
-        if self._first is None:
-            self._first = {position: ref for position, (ref, _) in self._held.items()}
+        if self._clears and self._held is self._first is None:
+            # The step before left nothing; what came in between is applied with this step's.
+            self._held = self._first = _NOTHING
+            return
+        gradients = self._gradients()
+        self._look(gradients)
+        if len(self._arrived) == len(self.names) and not self._each:
+            self._held = None  # nothing is left to be found out
+            return
+        self._held = _Held.of(gradients)
+        self._first = self._first or self._held
 
     def after(self) -> None:
         """Add the parameters to which the pass gave a gradient to those of this step."""
-        if self._held is None:
-            return
-        held, self._held = self._held, None
-        gradients = [p.grad for p in self._parameters]
-        if not held and not _any_none(gradients):
-            self._latest = self._everyone
+        self._is_over = self._held is not None
+        if self._held is not None and self._held.refs:
+            self._look(self._gradients())
+
+    def judged(self, names: Collection[str], *, again: bool) -> None:
+        """Begin a new step for the parameters of one optimizer, with gradients as they are now.
+
+        Args:
+            names: The parameters.
+            again: Whether that is the second time since ``settle()``.
+        """
+        self.restart(names)
+        self._clears = self._clears and not again
+        if self._clears:
+            # What is there will be gone at the end; what is not counts as new, should it not be.
+            self._held = self._first = _NOTHING
         else:
-            self._latest = frozenset(
-                position
-                for position, gradient in enumerate(gradients)
-                if gradient is not None and _is_new(gradient, held.get(position))
-            )
-        self._arrived |= self._latest
+            self.before()
+
+    def settle(self, names: Collection[str]) -> None:
+        """End a batch in which these parameters were written.
+
+        Another object in ``.grad`` has come since; a higher version may be what ``zero_grad`` did.
+        """
+        gradients = self._gradients()
+        if self._held is not None:
+            chosen = self._positions(names)
+            self._arrived = (self._arrived - chosen) | (self._held.replaced(gradients) & chosen)
+            if chosen != self._everyone:
+                self._is_over = True
+                kept = self._arrived & chosen
+                self._look(gradients)
+                self._arrived = (self._arrived - chosen) | kept
+        self._held, self._is_over, self._first = None, False, None
+        self._clears = False not in _nones(gradients)
 
     def missing(self) -> list[str]:
         """Return the names of those that want a gradient and have none of this step."""
-        arrived = self._arrived
-        if len(arrived) == len(self.names) and not _any_none(map(_grad, self._parameters)):
-            return []
-        return [
-            name
-            for position, (name, parameter) in enumerate(
-                zip(self.names, self._parameters, strict=True)
-            )
-            if (parameter.grad is None or (position not in arrived and self._is_old(position)))
-            and parameter.requires_grad
-        ]
-
-    def _is_old(self, position: int) -> bool:
-        """Tell whether a gradient is one that was there before, and not one assigned by hand."""
-        old = None if self._first is None else self._first.get(position)
-        return self._first is None or (old is not None and old() is self._parameters[position].grad)
+        gradients = self._gradients()
+        self._look(gradients)
+        nones = _nones(gradients)
+        absent = list(compress(self.names, nones)) if True in nones else []
+        if absent:
+            absent = list(compress(absent, map(_wants, compress(self._parameters, nones))))
+        there = self._present(nones)
+        stale = () if there <= self._arrived else sorted(there - self._arrived)
+        old = {
+            self.names[i] for i in stale if self._is_old(i) and self._parameters[i].requires_grad
+        }
+        if not old:
+            return absent
+        old.update(absent)
+        return [name for name in self.names if name in old]
 
     def restart(self, names: Collection[str]) -> None:
         """Begin a new step for the parameters of one optimizer."""
         self._first = None
+        self._arrived -= self._positions(names)
+
+    def _positions(self, names: Collection[str]) -> frozenset[int]:
         if len(names) == len(self.names):
-            self._arrived = set()
+            return self._everyone
+        chosen = frozenset(names)
+        return frozenset(i for i, name in enumerate(self.names) if name in chosen)
+
+    def _gradients(self) -> list[Tensor | None]:
+        return list(map(_grad, self._parameters))
+
+    def _look(self, gradients: Sequence[Tensor | None]) -> None:
+        """Take in what the last backward pass did, unless that was done."""
+        if self._held is not None and self._is_over:
+            nones = _nones(gradients)
+            new = self._held.changed(gradients) if self._held.refs else self._everyone
+            self._latest = new & self._present(nones)
+            self._arrived |= self._latest
+            self._held, self._is_over = None, False
+
+    def _present(self, nones: list[bool]) -> frozenset[int]:
+        """Return the positions that hold a gradient: the same ones in nearly every step."""
+        if True not in nones:
+            return self._everyone
+        if nones != self._pattern[0]:
+            self._pattern = (nones, frozenset(compress(self._everyone, map(not_, nones))))
+        return self._pattern[1]
+
+    def _is_old(self, position: int) -> bool:
+        """Tell whether a gradient is one that was there before, and not one assigned by hand."""
+        first = self._first
+        return first is None or bool(
+            first.refs and first.refs[position]() is self._parameters[position].grad
+        )
+
+
+class _Held(NamedTuple):
+    """Which gradients there were at one moment; none is kept alive by it."""
+
+    refs: list[Callable[[], Tensor | None]]
+    """One for each parameter; empty where there was no gradient at all."""
+    versions: list[int]
+
+    @classmethod
+    def of(cls, gradients: Sequence[Tensor | None]) -> _Held:
+        nones = _nones(gradients)
+        if False not in nones:
+            return _NOTHING
+        refs: list[Callable[[], Tensor | None]]
+        if True in nones:
+            refs = [_no_gradient if g is None else weakref.ref(g) for g in gradients]
         else:
-            chosen = frozenset(names)
-            self._arrived = {i for i in self._arrived if self.names[i] not in chosen}
+            refs = list(map(weakref.ref, cast("Sequence[Tensor]", gradients)))
+        return cls(refs, _versions(gradients))
+
+    def replaced(self, gradients: Sequence[Tensor | None]) -> frozenset[int]:
+        """Return the positions at which there is another gradient now."""
+        places = range(len(gradients))
+        present = map(not_, _nones(gradients))
+        if not self.refs:
+            return frozenset(compress(places, present))
+        others = map(is_not, map(call, self.refs), gradients)
+        return frozenset(compress(places, map(and_, others, present)))
+
+    def changed(self, gradients: Sequence[Tensor | None]) -> frozenset[int]:
+        """Return the positions at which there is another gradient, or the same one, written to."""
+        moved = map(ne, self.versions, _versions(gradients))
+        return self.replaced(gradients) | frozenset(compress(range(len(gradients)), moved))
 
 
-_grad = attrgetter("grad")
+_NOTHING = _Held([], [])
+_grad, _wants = attrgetter("grad"), attrgetter("requires_grad")
+_kind = attrgetter("device", "dtype", "layout")
 
 
-def _any_none(gradients: Iterable[Tensor | None]) -> bool:
-    """Tell whether one is None; written so that the loop runs in C, and no tensor is compared."""
-    return True in map(is_, gradients, repeat(None))
+def _no_gradient() -> None:
+    return None
 
 
-def _is_new(gradient: Tensor, known: tuple[weakref.ref[Tensor], int] | None) -> bool:
-    return known is None or known[0]() is not gradient or known[1] != _version(gradient)
+def _nones(gradients: Iterable[Tensor | None]) -> list[bool]:
+    """Tell which are None; written so that the loop runs in C, and no tensor is compared."""
+    return list(map(is_, gradients, repeat(None)))
 
 
-def _version(tensor: Tensor) -> int:
+def _versions(gradients: Sequence[Tensor | None]) -> list[int]:
+    if set(map(type, gradients)) == {Tensor}:
+        return versions_of(cast("Sequence[Tensor]", gradients))
     # FSDP2 moves the version of the local shard, not that of the DTensor around it.
-    return version_of(getattr(tensor, "_local_tensor", tensor))
+    return [0 if g is None else version_of(getattr(g, "_local_tensor", g)) for g in gradients]
 
 
 def is_lazy(parameter: Tensor) -> bool:
@@ -226,11 +330,7 @@ def measure(
         weights = {name: _share(gradient) for name, gradient in gradients.items()}
         gradients = {name: _local(gradient) for name, gradient in gradients.items()}
     norms = _norms(gradients, wide=False)
-    doubtful = {
-        name: gradients[name]
-        for name, norm in norms.items()
-        if (norm == 0.0 or not math.isfinite(norm)) and gradients[name].numel()
-    }
+    doubtful = _doubtful(norms, gradients)
     if doubtful:
         norms.update(_norms(doubtful, wide=True))
     suspects: Iterable[str] = doubtful
@@ -257,7 +357,25 @@ def _share(gradient: Tensor) -> float:
     return float(parts) / torch.distributed.get_world_size()
 
 
+def _doubtful(norms: Mapping[str, float], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradients whose norm is zero or not finite: perhaps it only left the range of its type."""
+    if math.isfinite(math.fsum(norms.values())) and 0.0 not in norms.values():
+        return {}
+    return {
+        name: gradients[name]
+        for name, norm in norms.items()
+        if (norm == 0.0 or not math.isfinite(norm)) and gradients[name].numel()
+    }
+
+
 def _norms(gradients: Mapping[str, Tensor], *, wide: bool) -> dict[str, float]:
+    if not wide and len(set(map(_kind, gradients.values()))) == 1:
+        # The usual case, without a look at each: one kind of gradient on one device.
+        some = list(gradients.values())
+        if some[0].layout is torch.strided:
+            with torch.no_grad():
+                together = torch.stack(_fused(some, _sum_dtype(some[0], wide=False)))
+            return dict(zip(gradients, together.tolist(), strict=True))
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, gradient in gradients.items():
         key = (gradient.device, gradient.dtype, _sum_dtype(gradient, wide=wide))
@@ -298,7 +416,7 @@ def _fused(gradients: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tenso
     fused = getattr(torch, "_foreach_norm", None)
     if fused is None:
         return [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in gradients]
-    return list(fused(list(gradients), 2, dtype=dtype))
+    return list(fused(gradients, 2, dtype=dtype))
 
 
 def _scaled(gradient: Tensor) -> Tensor:

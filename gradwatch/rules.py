@@ -150,6 +150,7 @@ class Observation:
     logged: bool = False
     """Whether ``statuses`` and ``norms`` were measured; they are empty unless so."""
     statuses: Mapping[str, Status] = field(default_factory=dict)
+    """Those that are not ok, at least."""
     norms: Mapping[str, float] = field(default_factory=dict)
     searching: bool = False
     """Whether a GradScaler is lowering its scale: overflows are normal then, and decide nothing."""
@@ -425,15 +426,16 @@ def _due_measured(
     """Bring the streaks of a rule over measured values up to a logged step."""
     when, step = track.rule.when, observation.step
     undecided = by_status[Status.UNSEEN]
+    found: Collection[str]
     if when.status is not None:
         found = by_status[when.status]
     else:
         # NaN and infinity have rules of their own: they are no size, and leave a streak of sizes as it is.
         undecided = undecided | by_status[Status.NONFINITE]
-        found = _beyond(when, observation.norms)
+        found = _beyond(when, observation.norms, by_status[Status.NONFINITE])
     if observation.searching:
         undecided = undecided | by_status[Status.NONFINITE]
-    hits = (found - undecided) & covered & track.means
+    hits = (covered & track.means).intersection(found) - undecided if found else set[str]()
     for name in covered.intersection(track.since) - hits - undecided:
         track.end(name)
     for name in hits:  # a streak that begins after this step comes from a run that began anew
@@ -442,10 +444,18 @@ def _due_measured(
     return {name: length for name, length in lengths.items() if length >= when.for_steps}
 
 
-def _beyond(when: Condition, norms: Mapping[str, float]) -> set[str]:
+def _beyond(
+    when: Condition, norms: Mapping[str, float], nonfinite: Collection[str]
+) -> Collection[str]:
+    """Return those beyond a limit; that there are none is seen without a look at each."""
+    ordered = norms and not nonfinite  # NaN has no place among numbers
     if when.norm_above is not None:
+        if ordered and max(norms.values()) <= when.norm_above:
+            return ()
         return {name for name, norm in norms.items() if norm > when.norm_above}
     limit = when.norm_below or 0.0
+    if ordered and min(norms.values()) >= limit:
+        return ()
     return {name for name, norm in norms.items() if norm < limit}
 
 

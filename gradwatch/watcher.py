@@ -279,8 +279,7 @@ class Watcher:
             GradientAlertError: A rule with ``action: abort`` fired.
         """
         self.after_backward()
-        self.before_step(optimizer, step=step)
-        self.before_backward()
+        self.before_step(optimizer, step=step, seen=False)
 
     @_harmless
     def note_raw_backward(self) -> None:
@@ -292,8 +291,7 @@ class Watcher:
     @_harmless
     def settle(self) -> None:
         """Keep what accumulates for a step to come, and forget what ``zero_grad`` did after one."""
-        self._sensor.after()
-        self._sensor.restart(self._written)
+        self._sensor.settle(self._written)
 
     # What an adapter calls, in this order -------------------------------------------------------
 
@@ -435,22 +433,23 @@ class Watcher:
             )
         )
 
-    def before_step(self, optimizer: Any, *, step: int | None = None) -> None:
+    def before_step(self, optimizer: Any, *, step: int | None = None, seen: bool = True) -> None:
         """Judge a step, right before its optimizer writes.
 
         Args:
             optimizer: The optimizer that is about to step; None judges all parameters.
             step: Optimizer steps before this one; None counts them here.
+            seen: Whether ``before_backward()`` will be called when the next backward pass begins.
 
         Raises:
             GradientAlertError: A rule with ``action: abort`` fired.
         """
         if self._off:
             self._keep_company()
-        self._before_step(optimizer, step)
+        self._before_step(optimizer, step, seen=seen)
 
     @_harmless
-    def _before_step(self, optimizer: Any, step: int | None) -> None:
+    def _before_step(self, optimizer: Any, step: int | None, *, seen: bool) -> None:
         if self._judge is None or not self._anything_ran():
             return
         if self._owners.changed():
@@ -463,7 +462,10 @@ class Watcher:
                 return
             self._steps = step
         report = self._judged(covered, optimizer)
-        self._sensor.restart(covered)
+        if seen:
+            self._sensor.restart(covered)
+        else:
+            self._sensor.judged(covered, again=not self._written.isdisjoint(covered))
         self._written.update(covered)
         self._steps += 1
         self._stepped = True
@@ -485,7 +487,7 @@ class Watcher:
             return
         (report, held), self._held = self._held, None
         if optimizer is not None:
-            facts = Facts([], [], [])
+            facts = Facts([], list, [])
             facts.measure(
                 {name: self._names.parameters[name] for name in self._owners.owned(held)},
                 self._scales(self._owners.owned(held), held),
@@ -583,7 +585,7 @@ class Watcher:
         self._owners = Owners(self._names, self._optimizers, complete=self._complete)
         known = getattr(self, "_sensor", None)
         if known is None or not known.watches(self._names.parameters):
-            self._sensor = Sensor(self._names.parameters)
+            self._sensor = Sensor(self._names.parameters, each=self._group is not None)
 
     def _anything_ran(self) -> bool:
         seen = self._inspection is not None and self._inspection.passes
@@ -603,7 +605,9 @@ class Watcher:
             exchange.news = bool(self._unshared or self._unexplained(facts))
         if self._can_measure(exchange):
             total = exchange.total if exchange is not None and exchange.group.sharded else None
-            parameters = {name: self._names.parameters[name] for name in covered}
+            parameters = self._names.parameters
+            if len(covered) < len(parameters):
+                parameters = {name: parameters[name] for name in covered}
             facts.measure(parameters, self._scales(covered, optimizer), total)
         searching = bool(facts.stats.nonfinite) and is_searching(self._scaler)
         if searching:
@@ -612,10 +616,10 @@ class Watcher:
             self._steps,
             covered,
             facts.missing,
-            facts.frozen,
+            facts.frozen if logged or self.config.contract else (),
             facts.unseen,
             logged,
-            facts.statuses if logged else {},
+            facts.not_ok if logged else {},
             facts.stats.norms if logged else {},
             searching=searching,
         )
@@ -696,18 +700,20 @@ class Watcher:
 
     def _facts(self, covered: tuple[str, ...]) -> Facts:
         parameters = self._names.parameters
-        chosen = frozenset(covered)
-        absent = [name for name in self._sensor.missing() if name in chosen]
+        absent = self._sensor.missing()
+        if absent:
+            chosen = frozenset(covered)
+            absent = [name for name in absent if name in chosen]
         if self._inspection is not None:
             if self._inspection.unseen - self._taken:
                 _log.warning(_words.TAKEN_AWAY)
             self._taken |= self._inspection.unseen
-            emptied = self._inspection.cleared & chosen
+            emptied = self._inspection.cleared
             absent += [name for name in covered if name in emptied and name not in absent]
         unseen = [name for name in absent if name in self._taken or is_hidden(parameters[name])]
         return Facts(
             missing=[name for name in absent if name not in unseen],
-            frozen=[name for name in covered if not parameters[name].requires_grad],
+            frozen=lambda: [name for name in covered if not parameters[name].requires_grad],
             unseen=unseen,
         )
 

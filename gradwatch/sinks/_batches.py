@@ -8,10 +8,10 @@ sink saw: a resumed run counts anew.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from gradwatch.report import Diagnosis, Report, Status
 
@@ -125,16 +125,16 @@ def summary(report: Report, totals: Totals) -> dict[str, float]:
         report: The record of one batch.
         totals: The counters so far.
     """
-    counts = Counter(report.statuses.values())
+    statuses = list(report.statuses.values())
     values: dict[str, float] = {
         "alerts_total": totals.alerts,
         "findings": sum(entry.healed_at is None for entry in report.diagnoses),
         "nonfinite_steps_total": totals.nonfinite_steps,
-        "params_frozen": counts[Status.FROZEN],
-        "params_missing": counts[Status.MISSING],
+        "params_frozen": statuses.count(Status.FROZEN),
+        "params_missing": statuses.count(Status.MISSING),
     }
     if report.logged:
-        values["params_zero"] = counts[Status.ZERO]
+        values["params_zero"] = statuses.count(Status.ZERO)
         values |= _norm_band(report)
     return dict(sorted(values.items()))
 
@@ -147,14 +147,17 @@ def log10(norm: float | None) -> float | None:
 
 
 def _norm_band(report: Report) -> dict[str, float]:
-    logs = [value for norm in report.norms.values() if (value := log10(norm)) is not None]
+    norms = np.fromiter(report.norms.values(), np.float64, len(report.norms))
+    norms = norms[np.isfinite(norms)]
     band = {
         "norm_log10_clipped": log10(report.clipped_norm),
-        "norm_log10_max": max(logs, default=None),
-        "norm_log10_median": median(logs) if logs else None,
-        "norm_log10_min": min(logs, default=None),
         "norm_log10_total": log10(report.total_norm),
     }
+    if len(norms):
+        logs = np.log10(np.maximum(norms, 10**FLOOR))
+        band["norm_log10_max"] = float(logs.max())
+        band["norm_log10_median"] = float(np.median(logs))
+        band["norm_log10_min"] = float(logs.min())
     return {name: value for name, value in band.items() if value is not None}
 
 

@@ -81,7 +81,7 @@ class ConsoleSink:
             if alert.action is not Action.LOG and alert not in self._alerts:
                 self._alerts.add(alert)
                 blocks.append(render(alert, self._names))
-        if not self._counted and any(s is not Status.OK for s in report.statuses.values()):
+        if not self._counted and set(report.statuses.values()) - {Status.OK}:
             self._counted = True
             blocks.append(f"note: {summary_line(report)}")
         if blocks:

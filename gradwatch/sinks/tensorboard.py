@@ -145,7 +145,9 @@ class TensorBoardSink:
             self._writer.add_text(f"{self._prefix}/report", page[1], page[0])
 
     def _parameter_values(self, report: Report) -> list[tuple[str, float]]:
-        values = []
+        values: list[tuple[str, float]] = []
+        if self._scalars == "never" or (self._scalars == "auto" and len(self._statuses) > _FEW):
+            return values
         for name, status in report.statuses.items():
             if not self._is_chosen(name, report.aliases):
                 continue
@@ -156,10 +158,8 @@ class TensorBoardSink:
         return values
 
     def _is_chosen(self, name: str, aliases: dict[str, tuple[str, ...]]) -> bool:
-        if self._scalars == "auto":
-            return len(self._statuses) <= _FEW
-        if self._scalars in {"always", "never"}:
-            return self._scalars == "always"
+        if self._scalars in {"auto", "always"}:
+            return True
         globs = (self._scalars,) if isinstance(self._scalars, str) else self._scalars
         names = (name, *aliases.get(name, ()))
         return any(fnmatchcase(known, glob) for known in names for glob in globs)
