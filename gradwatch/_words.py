@@ -149,6 +149,10 @@ RAW_BACKWARD = (
     "`self.manual_backward(loss)`, which also scales the loss under mixed precision"
 )
 DDP_HELP = "let it reach the loss, or pass `find_unused_parameters=True` to DDP where it is left out on purpose"
+OUTSIDE = (
+    "an optimizer stepped outside of `with watcher.step():`, and that step is not watched: put forward, "
+    "backward and the optimizer's step inside"
+)
 RULED_OUT = (
     "ruled out: a cut that the trace has seen, a cleared gradient, and `backward(inputs=...)`"
 )
@@ -392,3 +396,29 @@ def error_note(kind: str, where: str | None, *facts: str | None) -> str:
     if advice is not None:
         lines.append(f"  = help: {advice}")
     return "\n".join(lines)
+
+
+def cost(own: float, seconds: float) -> str:
+    """Say how much of a run was taken by watching it."""
+    share = own / seconds if seconds > 0 else 0.0
+    return f"GradWatch took {_percent(share)} of {_duration(seconds)}"
+
+
+def over_budget(share: float, budget: float, every: int) -> str:
+    """Say that watching took more than it may, and what follows."""
+    return (
+        f"GradWatch took {_percent(share)} of the time, above its budget of {_percent(budget)}: norms are "
+        f"measured every {every} steps from now on"
+    )
+
+
+def _percent(share: float) -> str:
+    text = f"{share:.1%}"
+    return "less than 0.1 %" if text == "0.0%" else text.replace("%", " %")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:  # noqa: PLR2004 -- as people say it
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.0f} h"  # noqa: PLR2004

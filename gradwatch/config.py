@@ -36,6 +36,24 @@ def _word_or_globs(value: object) -> object:
     raise PydanticCustomError("scalars_type", "expected a word or globs")
 
 
+def _share(value: object) -> object:
+    """Return a share of the whole as a number: `1%` and 0.01 are the same."""
+    found = (
+        re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*", value) if isinstance(value, str) else None
+    )
+    if found:
+        return float(found[1]) / 100
+    if isinstance(value, bool | str):
+        raise PydanticCustomError("share_type", "expected a share, such as 1%")
+    return value
+
+
+Budget = Annotated[
+    float, BeforeValidator(_share, json_schema_input_type=str | float), Field(gt=0, le=1)
+]
+"""A share of the whole: ``1%``, or 0.01."""
+
+
 class LogConfig(BaseModel):
     """How often norms are measured, and where reports go besides the logger."""
 
@@ -111,6 +129,11 @@ class Config(BaseModel):
     )
     tensorboard: TensorBoardConfig = Field(
         default=TensorBoardConfig(), description="What is written for TensorBoard."
+    )
+    budget: Budget | None = Field(
+        default=None,
+        description="Share of the time that watching may take, such as 1%; above it norms are measured "
+        "less often. Null: no limit.",
     )
 
     @model_validator(mode="before")
@@ -426,11 +449,14 @@ def _get(value: object, name: str) -> object:
 
 _EXPECTED = {
     "finite_number": "a finite number",
+    "greater_than": "more than {gt}",
     "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
     "model_attributes_type": "a mapping",
     "model_type": "a mapping",
     "number_type": "a number",
     "scalars_type": "`auto`, `always`, `never`, or globs",
+    "share_type": "a share of the time, such as 1%",
     "string_pattern_mismatch": "text without `/` at its ends",
     "string_too_short": "at least one character",
     "string_type": "text",

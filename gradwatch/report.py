@@ -199,6 +199,8 @@ class Report:
     alerts: tuple[Alert, ...] = ()
     batch: int = 0
     """Batches before this one in which an optimizer stepped: the x-axis of Lightning's curves."""
+    cost: float | None = None
+    """Which part of the run so far was taken by watching it, from 0 to 1."""
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:

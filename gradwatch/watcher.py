@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
@@ -22,6 +23,7 @@ from torch.optim.optimizer import (
 )
 
 from gradwatch import _words, explain
+from gradwatch._cost import Cost
 from gradwatch._diagnose import Inspection, not_in_optimizer, undetermined
 from gradwatch._distributed import Exchange, Group, is_flattened
 from gradwatch._ledger import Facts, Ledger
@@ -50,6 +52,10 @@ PATIENCE = 10
 """Steps without a gradient after which one that had come back is looked into again."""
 MAX_MISSED = 20
 """Traced steps that do not count because another optimizer stepped in them."""
+MIN_SECONDS = 60.0
+"""A shorter run is not told what it cost: its first step, which is traced, counts too much."""
+MAX_RARER = 16
+"""How many times rarer norms may be measured at once, to keep a budget."""
 MAX_HUNT = 5
 """Steps traced in a row to catch a gradient that is not finite now and then."""
 
@@ -68,6 +74,7 @@ def _harmless(
     def guarded(self: Watcher, *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
         if self._off:
             return None
+        began = self._cost.clock()
         try:
             return method(self, *args, **kwargs)
         except GradWatchError:
@@ -75,6 +82,8 @@ def _harmless(
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self._switch_off(error)
             return None
+        finally:
+            self._cost.add(began)
 
     return cast("Callable[Concatenate[Watcher, _P], _R | None]", guarded)
 
@@ -124,6 +133,10 @@ class Watcher:
     _maker: Callable[..., Any] | None = None
     _group: Group | None = None
     _said_raw = False
+    _said_outside = False
+    _in_step = False
+    _waits = False
+    """Whether a block was left in which no optimizer has stepped."""
 
     def __init__(
         self,
@@ -145,6 +158,7 @@ class Watcher:
         self.should_stop = False
         """Whether a rule with ``action: stop`` has fired: a hand-written loop has to look, and end."""
         self._model = checked(model, "Watcher(model)")
+        self._cost = Cost()
         self._optimizers = _as_optimizers(optimizers)
         self._complete = bool(self._optimizers)
         self._log_dir = log_dir
@@ -216,11 +230,15 @@ class Watcher:
             raise RuntimeError("`watcher.step()` belongs inside of `with watcher:`")
         self.begin_batch()
         self.before_backward()
+        self._in_step = True
         try:
             yield
         except BaseException as error:
             self.interrupted(error)
             raise
+        finally:
+            self._in_step = False
+            self._waits = not self._stepped
         if self._optimizers:
             self.settle()
         else:
@@ -246,7 +264,10 @@ class Watcher:
                 if optimizer in self._optimizers:
                     self._keep_company()
             elif self._is_ours(optimizer):
-                self.judge_unseen(optimizer)
+                if self._in_step or self._waits_for(optimizer):
+                    self.judge_unseen(optimizer)
+                else:
+                    self._note_outside()
         finally:
             self._in_hook = False
 
@@ -288,6 +309,17 @@ class Watcher:
             self._said_raw = True
             _log.warning(_words.RAW_BACKWARD)
 
+    def _waits_for(self, optimizer: Any) -> bool:
+        """Tell whether an optimizer steps late: after the block whose gradients it takes."""
+        return self._waits and self._written.isdisjoint(self._owners.owned(optimizer))
+
+    @_harmless
+    def _note_outside(self) -> None:
+        """Say once that an optimizer has stepped where no step is watched."""
+        if not self._said_outside:
+            self._said_outside = True
+            _log.warning(_words.OUTSIDE)
+
     @_harmless
     def settle(self) -> None:
         """Keep what accumulates for a step to come, and forget what ``zero_grad`` did after one."""
@@ -322,6 +354,7 @@ class Watcher:
             maker: The function of the user's that makes the optimizers, to say where they are made.
             compiled: Whether the whole step is compiled, which the model itself does not show.
         """
+        self._cost = Cost()
         self._optimizers = tuple(optimizers)
         self._complete = bool(self._optimizers)
         self._scaler = scaler if scaler is not None else self._scaler
@@ -367,7 +400,8 @@ class Watcher:
     def begin_batch(self) -> None:
         """Begin a batch: trace it when there is something to find out."""
         if self._stepped:  # outside of a batch, whose end is now
-            self.end_batch()
+            self._finish_batch()
+        self._cost.begin_batch()
         self._written = set()
         if self._inspection is None and self._wanted and self._traces < MAX_TRACES:
             self._look_at_model()
@@ -482,6 +516,9 @@ class Watcher:
 
     @_harmless
     def _release(self, optimizer: Any = None) -> None:
+        self._hand_on(optimizer)
+
+    def _hand_on(self, optimizer: Any = None) -> None:
         """Hand on a report that has waited for its clipped norm."""
         if self._held is None or (optimizer is not None and self._held[1] is not optimizer):
             return
@@ -504,14 +541,19 @@ class Watcher:
 
     @_harmless
     def _end_batch(self) -> None:
+        self._finish_batch()
+
+    def _finish_batch(self) -> None:
+        self._cost.end_batch(traced=self._inspection is not None)
         if self._inspection is not None:
             self._inspection.leave()
             if self._stepped:
                 self._inspection.stop()
                 self._inspection = None
                 self._look_again()
-        self._release()
+        self._hand_on()
         if self._stepped:
+            logged = self._is_logged
             self._stepped = False  # an adapter may end a batch again
             self._backwards = 0
             self._batches += 1
@@ -519,6 +561,17 @@ class Watcher:
                 flush = getattr(sink, "flush", None)
                 if flush is not None:
                     flush()
+            if logged:
+                self._keep_budget()
+
+    def _keep_budget(self) -> None:
+        """Measure less often where watching takes more than its share of the time."""
+        budget = self.config.budget
+        share = self._cost.over(budget)
+        # Ranks have to agree on when they measure, and each has another share.
+        if share is not None and budget is not None and self._group is None:
+            self._every *= min(max(math.ceil(share / budget), 2), MAX_RARER)
+            _log.warning(_words.over_budget(share, budget, self._every))
 
     def _look_again(self) -> None:
         """Trace one more step where another optimizer than the sought parameters' has stepped."""
@@ -541,8 +594,18 @@ class Watcher:
         self._release()
         if self._backwards and not self._steps and not self._off:
             _log.warning(_words.NO_STEP)
+        if self._batches and self._writes and not self._off:
+            self._say_cost()
         self._group = None
         self._end()
+
+    def _say_cost(self) -> None:
+        """Say what watching took: aloud where the run was long enough for that to mean something."""
+        line = _words.cost(self._cost.own, self._cost.seconds)
+        _log.info(line)
+        for sink in self._sinks:
+            if isinstance(sink, ConsoleSink) and self._cost.seconds >= MIN_SECONDS:
+                sink.say(f"note: {line}")
 
     def _end(self) -> None:
         self._stop_inspection()
@@ -646,6 +709,7 @@ class Watcher:
             diagnoses=(*self._ledger.holding, *healed),
             alerts=alerts,
             batch=self._batches,
+            cost=self._cost.share,
         )
 
     @property

@@ -235,7 +235,7 @@ def test_every_mistake_is_in_one_error():
         1 | logg: 3
           | ^^^^
           |
-          = note: a configuration takes `contract`, `log`, `rules`, `tensorboard`, `trace`, and `watch`
+          = note: a configuration takes `budget`, `contract`, `log`, `rules`, `tensorboard`, `trace`, and `watch`
           = help: did you mean `log`?
 
         error[config]: `every_n_steps` in `log` is true, expected a number

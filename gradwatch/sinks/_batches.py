@@ -133,6 +133,8 @@ def summary(report: Report, totals: Totals) -> dict[str, float]:
         "params_frozen": statuses.count(Status.FROZEN),
         "params_missing": statuses.count(Status.MISSING),
     }
+    if report.cost is not None:
+        values["cost_percent"] = 100 * report.cost
     if report.logged:
         values["params_zero"] = statuses.count(Status.ZERO)
         values |= _norm_band(report)

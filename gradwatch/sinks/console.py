@@ -87,6 +87,10 @@ class ConsoleSink:
         if blocks:
             self._print("\n\n".join(blocks))
 
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self._print(line)
+
     def close(self) -> None:
         """Do nothing: the stream is not ours."""
 
