@@ -45,8 +45,8 @@ endif
 
 .PHONY: docs
 docs: $(DOCS)  ## Build the documentation into site/; a warning fails it.
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs -q build --strict --clean
-	@echo "site/index.html"
+	@# Not with --quiet, which hides warnings from --strict too.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
 
 .PHONY: check
 check: lint types contracts docs test  ## Run everything that CI runs.

@@ -167,6 +167,7 @@ def _signature(name: str, node: ast.FunctionDef) -> str:
     if any("property" in ast.unparse(decorator) for decorator in node.decorator_list):
         return ""
     arguments = re.sub(r"^(self|cls)(, )?", "", ast.unparse(node.args))
+    arguments = re.sub(r"(: [^=]*?)=", r"\1 = ", arguments)
     result = f" -> {ast.unparse(node.returns)}" if node.returns and name != "__init__" else ""
     line = f"{name}({arguments}){result if name[0].islower() else ''}"
     if len(line) > 80:  # noqa: PLR2004 -- what fits beside the navigation
@@ -176,21 +177,27 @@ def _signature(name: str, node: ast.FunctionDef) -> str:
 
 
 def _attributes(node: ast.ClassDef) -> Iterator[str]:
-    """Yield a list of a class's own values, with the text below each of them."""
-    rows = []
-    for entry, after in zip(node.body, [*node.body[1:], None], strict=True):
+    """Yield a list of a class's own values and those of its objects, with the text below each of them."""
+    rows = [*_rows_of(node)]
+    for inner in node.body:
+        if isinstance(inner, ast.FunctionDef) and inner.name == "__init__":
+            rows += _rows_of(inner)
+    if rows:
+        yield "\n".join(rows)
+
+
+def _rows_of(home: ast.ClassDef | ast.FunctionDef) -> Iterator[str]:
+    for entry, after in zip(home.body, [*home.body[1:], None], strict=True):
         if isinstance(entry, ast.AnnAssign):
             label = f"{ast.unparse(entry.target)}: {ast.unparse(entry.annotation)}"
         elif isinstance(entry, ast.Assign):
-            label = ast.unparse(entry)
+            label = ast.unparse(entry if isinstance(home, ast.ClassDef) else entry.targets[0])
         else:
             continue
-        if label.startswith(("_", "model_config")):
-            continue
-        said = _text_of(after)
-        rows.append(f"- `{label}`" + (f": {_plain(said)}" if said else ""))
-    if rows:
-        yield "\n".join(rows)
+        label = label.removeprefix("self.")
+        if not label.startswith(("_", "model_config")):
+            said = _text_of(after)
+            yield f"- `{label}`" + (f": {_plain(said)}" if said else "")
 
 
 def _text_of(node: ast.stmt | None) -> str:

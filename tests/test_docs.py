@@ -186,8 +186,22 @@ def test_every_public_name_is_in_the_api() -> None:
     assert re.findall(r"^## `(\w+)`$", text, re.MULTILINE) == gradwatch.__all__
     assert "- `every_n_steps`: Steps between measurements of norms; None takes" in text
     assert "`UNSEEN = 'unseen'`: Gradients cannot be seen here" in text
+    assert "- `should_stop`: Whether a rule with `action: stop` has fired" in text
+    assert "    for_steps: int | None = None,\n" in text
     assert "### `Report.to_dict`" in text
     assert "on_train_batch_end" not in text
+
+
+def test_measured_costs_are_put_in_where_there_are_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table of measured costs is that of its file, and nothing stands there without the file."""
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    without = hooks.cost_table()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "cost_table.md").write_text("| 1 |\n")
+
+    assert (without, hooks.cost_table()) == ("", "| 1 |\n")
 
 
 def test_a_page_gets_its_parts_and_its_links() -> None:
