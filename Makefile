@@ -23,6 +23,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TORCH := $(VENV)/.torch-installed
 RUN := $(VENV)/.run-installed
+DOCS := $(VENV)/.docs-installed
 DEV := $(VENV)/.dev-installed
 
 .PHONY: help
@@ -42,8 +43,13 @@ else
 	@$(BIN)/python -m pytest $(TESTS)
 endif
 
+.PHONY: docs
+docs: $(DOCS)  ## Build the documentation into site/; a warning fails it.
+	@# Not with --quiet, which hides warnings from --strict too.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
+
 .PHONY: check
-check: lint types contracts test  ## Run everything that CI runs.
+check: lint types contracts docs test  ## Run everything that CI runs.
 
 .PHONY: lint
 lint: $(DEV)  ## Check style, format and spelling.
@@ -61,7 +67,7 @@ contracts: $(DEV)  ## Check which room imports which.
 
 .PHONY: clean
 clean:  ## Remove the environment, the caches and what the demo wrote.
-	rm -rf $(VENV) runs lightning_logs build dist htmlcov .coverage .coverage.*
+	rm -rf $(VENV) runs lightning_logs build dist site htmlcov .coverage .coverage.*
 	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find gradwatch tests examples -name __pycache__ -type d -exec rm -rf {} +
 
@@ -87,6 +93,11 @@ $(TORCH): constraints.txt
 $(RUN): $(TORCH) pyproject.toml
 	@echo "Installing GradWatch, Lightning, TensorBoard and the test tools (about a minute) ..."
 	@$(PIP) install $(PIP_ARGS) -c constraints.txt -e ".[test,examples,cli]"
+	@touch $@
+
+$(DOCS): $(RUN)
+	@echo "Installing what builds the documentation (a few seconds) ..."
+	@$(PIP) install $(PIP_ARGS) -c constraints.txt -e ".[docs]"
 	@touch $@
 
 $(DEV): $(RUN)

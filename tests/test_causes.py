@@ -5,12 +5,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import re
-import runpy
-import warnings
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +15,7 @@ import yaml
 
 from gradwatch.config import load_config
 from gradwatch.report import Cause, Status
+from tests import blocks
 
 FOLDER = Path(str(resources.files("gradwatch") / "causes"))
 PAGES = sorted(FOLDER.glob("*.md"))
@@ -32,7 +28,6 @@ SECTIONS = [
     "When it is intended",
     "Known limits",
 ]
-ACCEPT = os.environ.get("GRADWATCH_ACCEPT") == "1"
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
@@ -54,25 +49,14 @@ def sections(page: Path) -> dict[str, str]:
 
 def block(page: Path, section: str, language: str) -> str:
     """Return the one block of a language in a section."""
-    (text,) = re.findall(
-        rf"^```{language}\n(.*?)^```$", sections(page)[section], re.DOTALL | re.MULTILINE
-    )
-    return str(text)
+    (found,) = blocks.blocks(sections(page)[section], language)
+    return found.code
 
 
 def run(code: str) -> Run:
-    """Run ``code`` as ``example.py`` in the current folder, and return all that it prints."""
-    Path("example.py").write_text(code)
-    printed = io.StringIO()
-    with (
-        contextlib.redirect_stdout(printed),
-        contextlib.redirect_stderr(printed),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")  # torch's own hints are not what a page shows
-        names = runpy.run_path(str(Path("example.py").resolve()), run_name="__main__")
-    lines = (line.rstrip() for line in printed.getvalue().strip("\n").splitlines())
-    return Run("".join(f"{line}\n" for line in lines), names)
+    """Run ``code`` as ``example.py`` in the current folder."""
+    names: dict[str, Any] = {}
+    return Run(blocks.run(code, names), names)
 
 
 def accept(page: Path, output: str) -> None:
@@ -118,7 +102,7 @@ def test_length(page: Path) -> None:
 def test_example(page: Path) -> None:
     """The example prints exactly what the page says."""
     output = run(block(page, "Example", "python")).output
-    if ACCEPT:
+    if blocks.ACCEPT:
         accept(page, output)
 
     assert output

@@ -50,7 +50,7 @@ def test_extras() -> None:
     extras = importlib.metadata.metadata("gradwatch").get_all("Provides-Extra")
 
     assert extras is not None
-    assert sorted(extras) == ["cli", "dev", "examples", "test"]
+    assert sorted(extras) == ["cli", "dev", "docs", "examples", "test"]
 
 
 def test_types_are_shipped() -> None:

@@ -5,16 +5,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import linecache
-import os
 import re
 import shlex
 import shutil
-import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -23,47 +18,20 @@ from gradwatch import Watcher, cli
 from gradwatch._words import SUMMARIES
 from gradwatch.config import load_config
 from gradwatch.report import Cause
+from tests.blocks import ACCEPT, ROOT, blocks, run
 
-ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 TEXT = README.read_text()
-ACCEPT = os.environ.get("GRADWATCH_ACCEPT") == "1"
 
 
-class Block(NamedTuple):
-    language: str
-    code: str
-
-
-BLOCKS = [
-    Block(*found) for found in re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
-]
-
-
-def blocks(language: str) -> list[str]:
-    """Return the blocks in a language."""
-    return [block.code for block in BLOCKS if block.language == language]
-
-
-def run(code: str, names: dict[str, Any], file: str = "example.py") -> str:
-    """Run ``code`` as a file of the current folder, and return what it prints on stdout."""
-    path = Path(file).resolve()
-    path.write_text(code)
-    linecache.checkcache(str(path))
-    printed = io.StringIO()
-    with (
-        contextlib.redirect_stdout(printed),
-        contextlib.redirect_stderr(io.StringIO()),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")  # Lightning's hints on the machine at hand
-        exec(compile(code, str(path), "exec"), names)  # noqa: S102
-    return printed.getvalue()
+def codes(language: str) -> list[str]:
+    """Return what stands in the blocks in a language."""
+    return [block.code for block in blocks(TEXT, language)]
 
 
 def commands() -> list[str]:
     """Return every command that the README names: in its console blocks, and in its text."""
-    typed = [line for block in blocks("console") for line in block.splitlines()]
+    typed = [line for block in codes("console") for line in block.splitlines()]
     named = re.findall(r"(?:`| = more: )(gradwatch [^`\n]+)", TEXT)
     return [line.removeprefix("$ ").partition(" #")[0].strip() for line in typed] + named
 
@@ -75,14 +43,14 @@ def test_length() -> None:
 
 def test_languages() -> None:
     """Every block says its language, and it is one that these tests run."""
-    assert {block.language for block in BLOCKS} == {"console", "python", "text", "yaml"}
-    assert TEXT.count("```") == 2 * len(BLOCKS)
+    assert {block.language for block in blocks(TEXT)} == {"console", "python", "text", "yaml"}
+    assert TEXT.count("```") == 2 * len(blocks(TEXT))
 
 
 def test_commands_come_first() -> None:
     """The two commands for a clean clone are the first block."""
-    assert BLOCKS[0].language == "console"
-    assert [line.split()[:3] for line in BLOCKS[0].code.splitlines()] == [
+    assert blocks(TEXT)[0].language == "console"
+    assert [line.split()[:3] for line in blocks(TEXT)[0].code.splitlines()] == [
         ["$", "make", "demo"],
         ["$", "make", "test"],
     ]
@@ -90,7 +58,7 @@ def test_commands_come_first() -> None:
 
 def test_example() -> None:
     """The example prints exactly the diagnosis that stands below it."""
-    output = run(blocks("python")[0], {"__name__": "__main__"})
+    output = run(codes("python")[0])
     if ACCEPT:
         pattern = re.compile(r"(^```text\n).*?(^```$)", re.DOTALL | re.MULTILINE)
         README.write_text(pattern.sub(lambda match: f"{match[1]}{output}{match[2]}", TEXT))
@@ -103,15 +71,15 @@ def test_example() -> None:
 def test_python_blocks() -> None:
     """The blocks of Python run one after the other, as one program."""
     shutil.copytree(ROOT / "configs", "configs")
-    names: dict[str, Any] = {"__name__": "__main__"}
-    for number, code in enumerate(blocks("python")):
+    names: dict[str, Any] = {}
+    for number, code in enumerate(codes("python")):
         run(code, names, f"example{number}.py")
 
     assert [found.cause for found in names["watcher"].diagnoses] == [Cause.DETACHED]
     assert list(Path("runs").glob("events.out.tfevents.*"))
 
 
-@pytest.mark.parametrize("text", blocks("yaml"))
+@pytest.mark.parametrize("text", codes("yaml"))
 def test_yaml_blocks(text: str) -> None:
     """What stands there in YAML can be loaded."""
     Path("readme.yaml").write_text(text)
