@@ -33,13 +33,27 @@ _FILLERS = {"append", "appendleft", "extend", "add", "insert", "update", "setdef
 _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.Module
 
 
-@lru_cache(maxsize=256)
+_trees: dict[str, tuple[list[str], ast.Module | None]] = {}
+"""For each file its lines, as ``linecache`` holds them, and their syntax."""
+
+
 def tree(file: str) -> ast.Module | None:
     """Return the syntax tree of a file, or None where its text is not to be had."""
-    try:
-        return ast.parse("".join(linecache.getlines(file)))
-    except (SyntaxError, ValueError):
-        return None
+    lines = linecache.getlines(file)
+    known = _trees.get(file)
+    if known is None or known[0] is not lines:  # a file that was edited and loaded again
+        try:
+            known = lines, ast.parse("".join(lines))
+        except (SyntaxError, ValueError):
+            known = lines, None
+        _trees[file] = known
+    return known[1]
+
+
+@lru_cache(maxsize=1024)
+def _fresh(code: CodeType) -> None:
+    """Read a file anew that has changed, when code is seen that was not seen before."""
+    linecache.checkcache(code.co_filename)
 
 
 def span(step: Step) -> tuple[int, int, int, int] | None:
@@ -58,10 +72,14 @@ def _span_of(node: ast.AST) -> tuple[int, int, int, int] | None:
     return node.lineno, node.col_offset, node.end_lineno, node.end_col_offset  # type: ignore[attr-defined]
 
 
-@lru_cache(maxsize=1024)
 def function(code: CodeType) -> _Function | None:
     """Return the syntax of the function that a code object was compiled from."""
-    module = tree(code.co_filename)
+    _fresh(code)
+    return _function(code, tree(code.co_filename))
+
+
+@lru_cache(maxsize=1024)
+def _function(code: CodeType, module: ast.Module | None) -> _Function | None:
     if module is None or code.co_name == "<module>":
         return module
     for node in ast.walk(module):
@@ -244,7 +262,7 @@ class _Marked:
         self._own = _MarkSets()
         self._file = file
         self._locals = set(_local_names(node))
-        self._class = _classes_of_methods(file).get(node)
+        self._class = _classes_of_methods(tree(file)).get(node)
         self._seeds: dict[ast.AST, _Returned] = {}
         self._governed: set[ast.AST] = set()
         self._seen_shared = 0
@@ -425,7 +443,7 @@ class _Marked:
 
     def _pass_on(self, call: ast.Call) -> bool:
         """Follow the value into functions of the same file that a call hands it to."""
-        called = _definitions(self._file).get(_called(call), ())
+        called = _definitions(tree(self._file)).get(_called(call), ())
         if not called or len(called) > _MANY:
             return False
         for node in called:
@@ -440,7 +458,7 @@ class _Marked:
 
     def _read_property(self, node: ast.Attribute) -> None:
         """Follow the value out of a property that reads what is marked."""
-        for called in _definitions(self._file).get(node.attr, ())[:_MANY]:
+        for called in _definitions(tree(self._file)).get(node.attr, ())[:_MANY]:
             if any(_last_name(d).endswith("property") for d in called.decorator_list):
                 inner = self._enter(self._file, called)
                 if inner.receive(frozenset(), governed=False):
@@ -477,10 +495,11 @@ class _Marked:
 
 
 @lru_cache(maxsize=256)
-def _definitions(file: str) -> dict[str, tuple[ast.FunctionDef | ast.AsyncFunctionDef, ...]]:
+def _definitions(
+    module: ast.Module | None,
+) -> dict[str, tuple[ast.FunctionDef | ast.AsyncFunctionDef, ...]]:
     """Return the functions of a file by their names; methods of several classes may share one."""
     found: dict[str, tuple[ast.FunctionDef | ast.AsyncFunctionDef, ...]] = {}
-    module = tree(file)
     for node in () if module is None else ast.walk(module):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             found[node.name] = (*found.get(node.name, ()), node)
@@ -532,8 +551,7 @@ def _any_class(key: Key) -> Key | None:
 
 
 @lru_cache(maxsize=256)
-def _classes_of_methods(file: str) -> dict[ast.AST, str]:
-    module = tree(file)
+def _classes_of_methods(module: ast.Module | None) -> dict[ast.AST, str]:
     return {
         method: cls.name
         for cls in (() if module is None else ast.walk(module))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
+from torch import nn
 
+from gradwatch import diagnose
 from gradwatch._frames import here, site_of, stack
 from gradwatch._source import Marks, Step, Use, freezings, keepings
 
@@ -206,3 +209,34 @@ def test_statements_are_found_in_the_class_and_in_those_it_inherits_from():
         "parameter.requires_grad_(False)",
     ]
     assert keepings(int, "state") == []
+
+
+BEFORE = """
+def loss(model, x):
+    size = model[0](x).sum().item()
+    return model[1](x).sum()
+"""
+AFTER = """
+import math
+# Lines were added above.
+def loss(model, x):
+    size = model[0](x).sum().item()
+    scale = math.exp(size) * 2
+    return model[1](x).sum() * scale
+"""
+
+
+def test_a_file_loaded_again_is_read_again(tmp_path, capsys):
+    """A file that was edited and loaded again in one process is judged by its new text."""
+    path = tmp_path / "net.py"
+    causes = []
+    for text in (BEFORE, AFTER):
+        path.write_text(text)
+        names = {}
+        exec(compile(text, str(path), "exec"), names)  # noqa: S102
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        with diagnose(model) as diagnosis:
+            names["loss"](model, torch.ones(1, 2)).backward()
+        causes.append([str(found.cause) for found in diagnosis.report.diagnoses])
+
+    assert causes == [["not_in_loss"], ["left_torch"]]
