@@ -1,33 +1,41 @@
-"""What watching costs, side by side: ``python benchmarks/overhead.py [--quick]``.
+"""What watching costs, side by side: ``make bench``, or ``python benchmarks/overhead.py [--quick]``.
 
 All ways of watching run in one process and one thread, in blocks of steps that take turns with bare ones; what
-counts is the median over the blocks of the difference to the bare block beside it. It writes the table as
-Markdown and JSON into ``benchmarks/results``.
+counts is the median over the blocks of the difference to the bare block beside it. Times are noisy, so counts
+stand beside them: kernels, and what is written. Ways whose package is not installed are
+left out. It writes the table for the documentation, the same as JSON, and a picture.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import statistics
+import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradwatch import Watcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-RESULTS = Path(__file__).parent / "results"
-BLOCK = 10
-BLOCKS = 15
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 0.3
+"""What a block takes at least, so that the clock's noise does not count."""
+BLOCKS = 7
+EVERY = 50
 
 
 # Models ---------------------------------------------------------------------------------------------------
@@ -61,8 +69,8 @@ class Encoder(nn.Module):
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "1,000 small parameters": lambda: Many(1_000),
     "10,000 small parameters": lambda: Many(10_000),
-    "6-layer transformer": lambda: Encoder(96, 6, 8, 32),
-    "12-layer GPT": lambda: Encoder(96, 12, 4, 64),
+    "6-layer transformer": lambda: Encoder(128, 6, 8, 64),
+    "12-layer GPT": lambda: Encoder(128, 12, 4, 128),
 }
 
 
@@ -72,9 +80,17 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 class Way:
     """How a loop is watched; this one does not watch at all."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
+    needs: ClassVar[str | None] = None
+    """A package, beyond what GradWatch needs itself."""
+    whole = 1
+    """Steps after which everything has happened once: a block is so many, or a multiple of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.optimizer = torch.optim.SGD(model.parameters(), 1e-6)
         self.parameters = list(model.parameters())
+        self.folder = tempfile.mkdtemp()
+        self.stack = ExitStack()
 
     def step(self) -> None:
         """Run one step."""
@@ -99,11 +115,11 @@ class Floor(Way):
 class Naive(Way):
     """A loop over the parameters, as many write it, with a scalar for each in TensorBoard."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: nn.Module) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        super().__init__(model, optimizer)
-        self.writer = SummaryWriter(tempfile.mkdtemp())
+        super().__init__(model)
+        self.writer = self.stack.enter_context(SummaryWriter(self.folder))
         self.at = 0
 
     def watch(self) -> None:
@@ -114,28 +130,100 @@ class Naive(Way):
 
 
 class Lightning(Way):
-    """Lightning's own `grad_norm`, without the logging that costs most of it."""
+    """Lightning's own `grad_norm`, with its TensorBoard logger in place of `log_dict`."""
+
+    needs = "lightning"
+
+    def __init__(self, model: nn.Module) -> None:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        super().__init__(model)
+        self.logger = TensorBoardLogger(self.folder)
+        self.at = 0
 
     def watch(self) -> None:
         from lightning.pytorch.utilities import grad_norm
 
-        grad_norm(self.model, 2)
+        norms = {name: norm.item() for name, norm in grad_norm(self.model, 2).items()}
+        self.logger.log_metrics(norms, self.at)
+        self.at += 1
+
+
+class Ignite(Way):
+    """Ignite's `GradsScalarHandler`, called as its engine calls it."""
+
+    needs = "ignite"
+
+    def __init__(self, model: nn.Module) -> None:
+        from ignite.engine import Engine, Events
+        from ignite.handlers.tensorboard_logger import GradsScalarHandler, TensorboardLogger
+
+        super().__init__(model)
+        self.logger = self.stack.enter_context(TensorboardLogger(log_dir=self.folder))
+        self.handler = GradsScalarHandler(model, reduction=torch.norm)
+        self.engine, self.event = Engine(lambda _engine, _batch: None), Events.ITERATION_COMPLETED
+
+    def watch(self) -> None:
+        self.engine.state.iteration += 1
+        self.handler(self.engine, self.logger, self.event)
+
+
+class Wandb(Way):
+    """`wandb.watch`, offline, with a histogram of each gradient at every step."""
+
+    needs = "wandb"
+
+    def __init__(self, model: nn.Module) -> None:
+        import wandb
+
+        super().__init__(model)
+        os.environ["WANDB_SILENT"] = "true"
+        self.run = wandb.init(mode="offline", dir=self.folder)
+        self.stack.callback(self.run.finish)
+        self.run.watch(model, log="gradients", log_freq=1)
+        self.stack.callback(self.run.unwatch, model)
+
+    def watch(self) -> None:
+        self.run.log({})
+
+
+class Torchlens(Way):
+    """The checks of torchlens on changes and on gradients that are not finite."""
+
+    needs = "torchlens"
+
+    def __init__(self, model: nn.Module) -> None:
+        from torchlens.checks import ChecksSession
+
+        super().__init__(model)
+        self.session = ChecksSession(model, self.optimizer)
+        self.session.register_change_check()
+        self.session.register_nonfinite_gradient_check()
+        self.session.attach()
+        self.stack.callback(self.session.detach)
+
+    def step(self) -> None:
+        torch.autograd.backward(self.model())
+        self.optimizer.step()
+        self.session.step()
+        self.optimizer.zero_grad()
 
 
 class Watched(Way):
     """GradWatch, as it is by default; the first step is traced before the clock starts."""
 
-    every = 50
+    every = EVERY
+    whole = EVERY
+    writes = True
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(model, optimizer)
-        self.stack = ExitStack()
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
         self.watcher = self.stack.enter_context(
             Watcher(
                 model,
-                optimizers=[optimizer],
+                optimizers=[self.optimizer],
                 every_n_steps=self.every,
-                log_dir=tempfile.mkdtemp(),
+                log_dir=self.folder if self.writes else None,
             )
         )
 
@@ -147,26 +235,49 @@ class Watched(Way):
 class Everything(Watched):
     """GradWatch with every step logged."""
 
-    every = 1
+    every = whole = 1
+
+
+class Plain(Everything):
+    """GradWatch with every step measured, and nothing written."""
+
+    writes = False
 
 
 class Unlogged(Watched):
     """GradWatch in steps that are never logged."""
 
-    every = 10**9
+    every, whole = 10**9, 1
 
 
 WAYS: dict[str, type[Way]] = {
-    "GradWatch, unlogged step": Unlogged,
-    "GradWatch, default (every 50)": Watched,
+    "GradWatch, a step that is not logged": Unlogged,
+    f"GradWatch as it is by default (every {EVERY} steps)": Watched,
+    "GradWatch, every step, nothing written": Plain,
     "GradWatch, every step": Everything,
     "floor: one fused norm, one copy": Floor,
-    "naive: norm().item(), add_scalar": Naive,
-    "Lightning's grad_norm": Lightning,
+    "`norm().item()` and `add_scalar` for each": Naive,
+    "Lightning's `grad_norm`, logged": Lightning,
+    "Ignite's `GradsScalarHandler`": Ignite,
+    "`wandb.watch`, offline": Wandb,
+    "torchlens.checks": Torchlens,
 }
 
 
 # Measuring ------------------------------------------------------------------------------------------------
+
+
+class Kernels(TorchDispatchMode):
+    """Count what is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def block(way: Way, steps: int) -> float:
@@ -177,65 +288,119 @@ def block(way: Way, steps: int) -> float:
     return (time.perf_counter() - begin) / steps * 1e3
 
 
-def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
-    """Measure every way on every model."""
+def kernels(way: Way) -> Counter[str]:
+    """Return the kernels of one step."""
+    with Kernels() as seen:
+        way.step()
+    counts: Counter[str] = seen.counts
+    return counts
+
+
+def written(way: Way) -> int:
+    """Return the bytes in a way's folder."""
+    return sum(path.stat().st_size for path in Path(way.folder).rglob("*") if path.is_file())
+
+
+def row(label: str, kind: type[Way], make: Callable[[], nn.Module], blocks: int) -> dict[str, Any]:
+    """Measure one way on one model."""
+    torch.manual_seed(0)
+    bare, way = Way(make()), kind(make())
+    # The first steps warm up, and GradWatch traces one of them.
+    block(bare, 3)
+    took = block(way, 3)
+    steps = max(1, round(SECONDS * 1e3 / took / way.whole)) * way.whole
+    pairs = [(block(bare, steps), block(way, steps)) for _ in range(blocks)]
+    added_kernels = kernels(way) - kernels(bare)
+    way.stack.close()
+    plain = statistics.median(b for b, _ in pairs)
+    added = statistics.median(w - b for b, w in pairs)
+    return {
+        "way": label,
+        "bare_ms": round(plain, 3),
+        "added_ms": round(added, 4),
+        "share": round(added / plain, 5),
+        "us_per_parameter": round(added * 1e3 / len(way.parameters), 4),
+        "kernels": sum(added_kernels.values()),
+        "bytes": round(written(way) / (3 + 1 + steps * blocks)),
+        "steps": steps * blocks,
+    }
+
+
+def rows(blocks: int) -> Iterator[dict[str, Any]]:
+    """Measure every way that can be had on every model."""
     for name, make in MODELS.items():
         for label, kind in WAYS.items():
-            torch.manual_seed(0)
-            model = make()
-            optimizer = torch.optim.SGD(model.parameters(), 1e-6)
-            bare, way = Way(model, optimizer), kind(model, optimizer)
-            block(way, 2)
-            slow = kind in {Naive, Lightning}
-            # A whole number of logged steps, so that each block has its share of them.
-            steps = 50 if kind is Watched and "10,000" not in name else (2 if slow else BLOCK)
-            if kind is Watched and "10,000" in name:
-                steps = 50
-            pairs = [(block(bare, steps), block(way, steps)) for _ in range(3 if quick else BLOCKS)]
-            plain = statistics.median(b for b, _ in pairs)
-            added = statistics.median(w - b for b, w in pairs)
-            if isinstance(way, Watched):
-                way.stack.close()
-            parameters = len(way.parameters)
-            yield {
-                "model": name,
-                "way": label,
-                "bare_ms": round(plain, 3),
-                "added_ms": round(added, 4),
-                "share": round(added / plain, 5),
-                "us_per_parameter": round(added * 1e3 / parameters, 4),
-            }
+            if kind.needs is None or importlib.util.find_spec(kind.needs) is not None:
+                yield {"model": name} | row(label, kind, make, blocks)
+
+
+# Showing --------------------------------------------------------------------------------------------------
 
 
 def markdown(found: list[dict[str, Any]]) -> str:
     """Return the table."""
-    lines = [
-        "| model (bare step) | watched by | added, ms | share of the step | µs a parameter |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['model']} ({row['bare_ms']:.1f} ms) | {row['way']} | {row['added_ms']:.2f} "
-        f"| {row['share']:+.1%} | {row['us_per_parameter']:.2f} |"
-        for row in found
-    ]
-    return "\n".join(lines) + "\n"
+    lines: list[str] = []
+    for model in dict.fromkeys(entry["model"] for entry in found):
+        mine = [entry for entry in found if entry["model"] == model]
+        bare = statistics.median(entry["bare_ms"] for entry in mine)
+        lines += [
+            "",
+            f"**{model}**, bare step {bare:.0f} ms",
+            "",
+            "| watched by | added, ms | of the step | µs a parameter | kernels | bytes written |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        lines += [
+            f"| {entry['way']} | {entry['added_ms']:.2f} | {entry['share']:.1%} "
+            f"| {entry['us_per_parameter']:.2f} | {entry['kernels']:,} | {entry['bytes']:,} |"
+            for entry in mine
+        ]
+    return "\n".join(lines[1:]) + "\n"
+
+
+def draw(found: list[dict[str, Any]], path: Path) -> None:
+    """Draw what each way adds to a step, if there is something to draw with."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    models = list(dict.fromkeys(entry["model"] for entry in found))
+    figure, axes = plt.subplots(1, len(models), figsize=(4 * len(models), 4), sharey=True)
+    for axis, model in zip(axes, models, strict=True):
+        mine = [entry for entry in found if entry["model"] == model][::-1]
+        colours = ["#0072B2" if "GradWatch" in entry["way"] else "#8C8C8C" for entry in mine]
+        shares = [max(100 * entry["share"], 0.01) for entry in mine]
+        axis.barh([entry["way"].replace("`", "") for entry in mine], shares, color=colours)
+        axis.set_xscale("log")
+        axis.set_title(model, fontsize=10)
+        axis.set_xlabel("added to the step, %")
+        axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few blocks, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="one block each, to see that it runs")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of what is written")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     console = Console()
     found = []
-    for row in rows(quick=arguments.quick):
-        console.print(row)
-        found.append(row)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "overhead.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "overhead.md").write_text(markdown(found))
-    console.print(markdown(found), markup=False)
+    for entry in rows(1 if arguments.quick else BLOCKS):
+        console.print(f"{entry['model']}: {entry['way']}: {entry['added_ms']} ms", markup=False)
+        found.append(entry)
+    versions = f"torch {torch.__version__}, Python {sys.version.split()[0]}, one thread"
+    text = f"{versions}; {BLOCKS} pairs of blocks, the median difference.\n\n{markdown(found)}"
+    (arguments.out / "img").mkdir(parents=True, exist_ok=True)
+    (arguments.out / "cost_table.md").write_text(text)
+    (arguments.out / "cost_table.json").write_text(json.dumps(found, indent=1) + "\n")
+    draw(found, arguments.out / "img" / "cost.png")
+    console.print(text, markup=False)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -226,13 +227,13 @@ def loss(model, x):
 """
 
 
-def test_a_file_loaded_again_is_read_again(tmp_path, capsys):
+def test_a_file_loaded_again_is_read_again(tmp_path):
     """A file that was edited and loaded again in one process is judged by its new text."""
     path = tmp_path / "net.py"
     causes = []
     for text in (BEFORE, AFTER):
         path.write_text(text)
-        names = {}
+        names: dict[str, Any] = {}
         exec(compile(text, str(path), "exec"), names)  # noqa: S102
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         with diagnose(model) as diagnosis:
