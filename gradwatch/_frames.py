@@ -90,7 +90,7 @@ _BY_FOLDER = (
 )
 
 
-def _owner_of_file(name: str) -> Owner:
+def owner_of_file(name: str) -> Owner:
     if name.startswith("<"):
         return Owner.MACHINERY if name.startswith("<frozen") else Owner.USER
     path = os.path.realpath(name)
@@ -110,7 +110,7 @@ def owner(code: CodeType) -> Owner:
     name = code.co_filename
     whose = _BY_FILE.get(name)
     if whose is None:
-        whose = _BY_FILE[name] = _owner_of_file(name)
+        whose = _BY_FILE[name] = owner_of_file(name)
     _OWNERS[id(code)] = (whose, code)
     return whose
 
