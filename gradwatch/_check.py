@@ -93,7 +93,8 @@ def _wrong(headline: str, *notes: str, help: str | None = None) -> CheckError:  
 
 def _split(target: str) -> tuple[str, str, str]:
     module, colon, name = target.partition(":")
-    if all(part.isidentifier() for part in [*module.split("."), *name.split(".")]):
+    words = [*module.split("."), *name.split(".")]
+    if all(word.isidentifier() for word in words) and not module.endswith(".py"):
         return module, colon, name
     path = re.fullmatch(r"(?:\./)?([\w./\\]+?)(?:\.py)?(?::([\w.]+))?", target)
     dotted = path and re.sub(r"[/\\]+", ".", path[1]).strip(".")
@@ -262,9 +263,16 @@ def _theirs(doing: str) -> Iterator[None]:
         ) from None
     except Exception as error:  # noqa: BLE001 -- it may be any: it is shown
         text = _shown(error)
-        if "is not attached to a `Trainer`" in str(error):
-            text += "\n  = help: return `(model, closure)`, with a closure that needs no Trainer"
-        raise CheckError(f"{doing} raised an error\n{text}") from None
+        advice = "".join(f"\n  = help: {a}" for words, a in _ADVICE.items() if words in str(error))
+        raise CheckError(f"{doing} raised an error\n{text}{advice}") from None
+
+
+_ADVICE = {
+    "is not attached to a `Trainer`": "return `(model, closure)`, with a closure that needs no Trainer",
+    "backward through the graph a second time": "leave `backward()` to `gradwatch check`, which calls it"
+    " on the loss that the closure returns",
+}
+"""What to do about errors that only come up outside of a training run."""
 
 
 def _shown(error: Exception) -> str:

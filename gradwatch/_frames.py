@@ -78,6 +78,8 @@ _DISTRIBUTIONS = next(
     (f + "distributions" + os.sep for f in _MACHINERY if f.endswith(os.sep + "torch" + os.sep)), ""
 )
 _STDLIB = os.path.realpath(sysconfig.get_paths()["stdlib"]) + os.sep
+_SCRIPTS = os.path.realpath(sysconfig.get_paths()["scripts"]) + os.sep
+"""Where the commands of installed packages lie, `gradwatch` and `torchrun` among them."""
 _INSTALLED = tuple(
     {os.path.realpath(sysconfig.get_paths()[key]) + os.sep for key in ("purelib", "platlib")}
 )
@@ -86,7 +88,7 @@ _BY_FOLDER = (
     (_MACHINERY, Owner.MACHINERY),
     (_TRAINER, Owner.TRAINER),
     (_INSTALLED, Owner.LIBRARY),  # before the standard library, whose folder often holds them
-    ((_STDLIB,), Owner.MACHINERY),
+    ((_STDLIB, _SCRIPTS), Owner.MACHINERY),
 )
 
 

@@ -71,7 +71,7 @@ the factory:
 
 examples:
   gradwatch check train:factory          print the findings; the status is 1 where there are any
-  gradwatch check train:factory --config configs/strict.yaml
+  gradwatch check train:factory --config gradwatch.yaml
                                          with the contract of a file
   gradwatch check train:factory --format sarif > gradwatch.sarif
   gradwatch check train:factory --baseline known.json --update-baseline
@@ -190,8 +190,8 @@ def _add_check(commands: argparse._SubParsersAction[_Parser]) -> None:
         commands,
         "check",
         "run one step of a model, and fail over what gets no gradient",
-        "Runs a forward and a backward pass of a model that a function of yours makes, and says which"
-        " parameters get no gradient, why, and where. The status is 1 where something was found.",
+        "Runs one step of a model that a function of yours makes, and says which parameters\n"
+        "get no gradient, why, and where. The status is 1 where something was found.",
         _CHECK_EXAMPLES,
     )
     command.add_argument(
@@ -263,7 +263,8 @@ def _close(
     known = len(findings) - len(new)
     head = " and ".join(parts) or ("nothing new found" if known else "no problem found")
     head += f" ({known} known from the baseline)" if known else ""
-    stream = sys.stderr if form in {"json", "sarif"} else sys.stdout
+    # A stream that the shell has closed is None, which `print` takes for stdout.
+    stream = (sys.stderr or io.StringIO()) if form in {"json", "sarif"} else sys.stdout
     print(f"{head}: {summary_line(report)}", file=stream)
     if gone:
         verb = "is gone: update it" if gone == 1 else "are gone: update it"
