@@ -1,4 +1,4 @@
-"""Findings for machines: JSON, SARIF 2.1.0, and the commands of GitHub's workflows.
+"""Findings for machines: JSON, SARIF 2.1.0, and the commands of GitHub's workflows; and what they come to.
 
 What this room knows that no other does: what these formats call things, from where they count, and what
 has to be escaped. Standard library alone.
@@ -10,13 +10,14 @@ function that made the model, since neither place shows one that stands nowhere.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from gradwatch._findings import CONTRACT, relative
 from gradwatch._words import SUMMARIES
-from gradwatch.explain import explain
+from gradwatch.explain import explain, summary_line
 from gradwatch.report import Cause, Severity
 
 if TYPE_CHECKING:
@@ -71,6 +72,37 @@ def _place(site: Site | None) -> dict[str, Any] | None:
         return None
     keys = ("line", "end_line", "column", "end_column")
     return {"file": relative(site.file)} | {key: getattr(site, key) for key in keys}
+
+
+def closing(report: Report, findings: Sequence[Finding], new: Sequence[Finding], gone: int) -> str:
+    """Return in one line what a check comes to, and in a second one what a baseline no longer needs.
+
+    Args:
+        report: The report of the pass.
+        findings: Everything found.
+        new: Those of them that no baseline knows.
+        gone: How many the baseline knows that were not found.
+    """
+    counts = Counter(finding.severity for finding in new)
+    parts = [counted(counts[s], s.value) for s in reversed(Severity) if counts[s]]
+    known = len(findings) - len(new)
+    head = " and ".join(parts) or ("nothing new found" if known else "no problem found")
+    head += f" ({known} known from the baseline)" if known else ""
+    line = f"{head}: {summary_line(report)}"
+    if not gone:
+        return line
+    verb = "is gone: update it" if gone == 1 else "are gone: update it"
+    return f"{line}\n{counted(gone, 'finding')} of the baseline {verb} with `--update-baseline`"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    Example:
+        >>> counted(2, "finding")
+        '2 findings'
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 # --- SARIF ---------------------------------------------------------------------------------------------

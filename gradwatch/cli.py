@@ -18,7 +18,6 @@ import json
 import os
 import re
 import sys
-from collections import Counter
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,14 +25,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from gradwatch import _findings, _formats
 from gradwatch._words import SUMMARIES
 from gradwatch.errors import CheckError, ConfigError, HistoryError
-from gradwatch.explain import did_you_mean, explain, render, summary_line
-from gradwatch.report import Cause, Severity
+from gradwatch.explain import did_you_mean, explain, render
+from gradwatch.report import Cause
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from gradwatch._findings import Finding
-    from gradwatch.report import Report
 
 _FOUND, _UNWRITABLE, _MISTAKE, _INTERRUPTED, _NO_READER = 1, 1, 2, 130, 141
 _EXAMPLES = """\
@@ -233,7 +229,7 @@ def _check(arguments: argparse.Namespace) -> int:
     findings = _findings.findings_of(report)
     if updates:
         _findings.write_baseline(baseline, findings)
-        print(f"{baseline}: {_counted(len(findings), 'finding')}")
+        print(f"{baseline}: {_formats.counted(len(findings), 'finding')}")
         return 0
     new, gone = _findings.compared(findings, known)
     if arguments.format == "json":
@@ -246,34 +242,11 @@ def _check(arguments: argparse.Namespace) -> int:
     elif arguments.format == "text":
         for finding in new:
             print(_painted(finding.rendered), end="\n\n")
-    _close(arguments.format, report, findings, new, gone)
-    return _FOUND if any(finding.fails for finding in new) else 0
-
-
-def _close(
-    form: str,
-    report: Report,
-    findings: Sequence[Finding],
-    new: Sequence[Finding],
-    gone: int,
-) -> None:
-    """Print what it comes to in one line, where it is in no program's way."""
-    counts = Counter(finding.severity for finding in new)
-    parts = [_counted(counts[s], s.value) for s in reversed(Severity) if counts[s]]
-    known = len(findings) - len(new)
-    head = " and ".join(parts) or ("nothing new found" if known else "no problem found")
-    head += f" ({known} known from the baseline)" if known else ""
     # A stream that the shell has closed is None, which `print` takes for stdout.
-    stream = (sys.stderr or io.StringIO()) if form in {"json", "sarif"} else sys.stdout
-    print(f"{head}: {summary_line(report)}", file=stream)
-    if gone:
-        verb = "is gone: update it" if gone == 1 else "are gone: update it"
-        line = f"{_counted(gone, 'finding')} of the baseline {verb} with `--update-baseline`"
-        print(line, file=stream)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    aside = sys.stderr or io.StringIO()
+    is_data = arguments.format in {"json", "sarif"}
+    print(_formats.closing(report, findings, new, gone), file=aside if is_data else sys.stdout)
+    return _FOUND if any(finding.fails for finding in new) else 0
 
 
 def _painted(text: str) -> str:
