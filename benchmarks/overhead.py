@@ -144,7 +144,7 @@ class Lightning(Way):
     def watch(self) -> None:
         from lightning.pytorch.utilities import grad_norm
 
-        norms = {name: norm.item() for name, norm in grad_norm(self.model, 2).items()}
+        norms = {name: float(norm) for name, norm in grad_norm(self.model, 2).items()}
         self.logger.log_metrics(norms, self.at)
         self.at += 1
 
@@ -159,7 +159,7 @@ class Ignite(Way):
         from ignite.handlers.tensorboard_logger import GradsScalarHandler, TensorboardLogger
 
         super().__init__(model)
-        self.logger = self.stack.enter_context(TensorboardLogger(log_dir=self.folder))
+        self.logger: Any = self.stack.enter_context(TensorboardLogger(log_dir=self.folder))
         self.handler = GradsScalarHandler(model, reduction=torch.norm)
         self.engine, self.event = Engine(lambda _engine, _batch: None), Events.ITERATION_COMPLETED
 

@@ -4,6 +4,8 @@
     python examples/cli.py fit --config configs/cli.yaml --trainer.max_epochs 5
     python examples/cli.py fit --help
 
+    gradwatch check examples.cli:student    one step, without training
+
 Needs the extra ``cli`` (jsonargparse), which LightningCLI asks for.
 """
 
@@ -71,6 +73,11 @@ class Student(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.student.parameters(), lr=self.lr)
+
+
+def student() -> tuple[Student, Batch]:
+    """Return the model, and a batch for one step of it."""
+    return Student(), next(iter(Digits().train_dataloader()))
 
 
 def main() -> None:

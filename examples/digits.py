@@ -4,6 +4,9 @@
     python examples/digits.py --fixed     the same model without the mistakes
     python examples/digits.py --strict    as in CI: a rule ends the run
 
+    gradwatch check examples.digits:after_a_month    one step, without training
+    gradwatch check examples.digits:fixed
+
 The data are scikit-learn's digits: 1,797 images of 8 x 8 pixels, which come with the package.
 """
 
@@ -113,6 +116,16 @@ def digit_images() -> tuple[TensorDataset, TensorDataset]:
     train = TensorDataset(torch.tensor(train_images).float(), torch.tensor(train_digits))
     test = TensorDataset(torch.tensor(test_images).float(), torch.tensor(test_digits))
     return train, test
+
+
+def after_a_month() -> tuple[DigitNet, Batch]:
+    """Return the model with the mistakes, and a batch for one step of it."""
+    return DigitNetAfterAMonth(), digit_images()[0][:64]
+
+
+def fixed() -> tuple[DigitNet, Batch]:
+    """Return the model without the mistakes, and a batch for one step of it."""
+    return DigitNet(), digit_images()[0][:64]
 
 
 def what_trained(model: nn.Module, before: dict[str, Tensor], watch: GradWatch) -> Table:

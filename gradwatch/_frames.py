@@ -78,6 +78,8 @@ _DISTRIBUTIONS = next(
     (f + "distributions" + os.sep for f in _MACHINERY if f.endswith(os.sep + "torch" + os.sep)), ""
 )
 _STDLIB = os.path.realpath(sysconfig.get_paths()["stdlib"]) + os.sep
+_SCRIPTS = os.path.realpath(sysconfig.get_paths()["scripts"]) + os.sep
+"""Where the commands of installed packages lie, `gradwatch` and `torchrun` among them."""
 _INSTALLED = tuple(
     {os.path.realpath(sysconfig.get_paths()[key]) + os.sep for key in ("purelib", "platlib")}
 )
@@ -86,11 +88,11 @@ _BY_FOLDER = (
     (_MACHINERY, Owner.MACHINERY),
     (_TRAINER, Owner.TRAINER),
     (_INSTALLED, Owner.LIBRARY),  # before the standard library, whose folder often holds them
-    ((_STDLIB,), Owner.MACHINERY),
+    ((_STDLIB, _SCRIPTS), Owner.MACHINERY),
 )
 
 
-def _owner_of_file(name: str) -> Owner:
+def owner_of_file(name: str) -> Owner:
     if name.startswith("<"):
         return Owner.MACHINERY if name.startswith("<frozen") else Owner.USER
     path = os.path.realpath(name)
@@ -110,7 +112,7 @@ def owner(code: CodeType) -> Owner:
     name = code.co_filename
     whose = _BY_FILE.get(name)
     if whose is None:
-        whose = _BY_FILE[name] = _owner_of_file(name)
+        whose = _BY_FILE[name] = owner_of_file(name)
     _OWNERS[id(code)] = (whose, code)
     return whose
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from gradwatch._record import shape_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 _INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Where torch's own wrappers keep what they wrap."""
@@ -36,6 +36,19 @@ class Names:
     modules: dict[str, nn.Module]
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """For each tied parameter all of its names, the key first."""
+
+    def where(self, holds: Callable[[str, Sequence[str]], bool]) -> Names:
+        """Return the same names with those parameters alone for which a predicate holds.
+
+        Args:
+            holds: Called with a parameter's name and, where it is tied, all of its names.
+        """
+        chosen = {
+            name: parameter
+            for name, parameter in self.parameters.items()
+            if holds(name, self.aliases.get(name, ()))
+        }
+        return Names(chosen, self.modules, self.aliases)
 
 
 def checked(model: Any, call: str) -> nn.Module:

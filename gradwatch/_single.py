@@ -2,24 +2,29 @@
 
 What this room knows that no other does: when a parameter is judged within a pass that may hold several losses,
 backward passes and optimizer steps. A failure in here is one log record, and the pass is not diagnosed.
+
+Limits: of a configuration `watch` and `contract` hold here; `rules` count steps, and there is one.
 """
 
 from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from gradwatch import explain
+from gradwatch import _words, explain
 from gradwatch._diagnose import Inspection
 from gradwatch._ledger import Facts
 from gradwatch._names import checked, names_of
 from gradwatch._raised import add_note
 from gradwatch._stats import is_hidden
+from gradwatch.config import Config, load_config
 from gradwatch.report import Report, Status
+from gradwatch.rules import Judge, Observation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import os
+    from collections.abc import Iterator, Mapping
     from types import TracebackType
 
     from torch import nn
@@ -35,6 +40,11 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
 
     Args:
         model: The module whose parameters are asked about.
+        config: A ``Config``, a mapping, or the path of a YAML file, whose ``watch`` and ``contract`` say
+            what is asked about and what is meant; None for the defaults.
+
+    Raises:
+        ConfigError: The configuration cannot be used.
 
     Cost:
         About the time of five small operations for each one: a pass of large ones hardly notices.
@@ -49,8 +59,13 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
         ['detached']
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    ) -> None:
         self.report = Report(step=0)
+        self._config = load_config(config)
         self._model = checked(model, "diagnose(model)")
         self._inspection: Inspection | None = None
         self._judged: dict[str, Status] = {}
@@ -63,7 +78,7 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
         self.report = Report(step=0)
         self._judged, self._norms = {}, {}
         with self._harmless():
-            self._names = names_of(self._model)
+            self._names = names_of(self._model).where(self._config.watch.holds)
             self._inspection = Inspection(
                 self._names.parameters, self._names.modules, sizes=True, on_step=self._judge_written
             )
@@ -104,13 +119,18 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
 
     def _reported(self, inspection: Inspection) -> Report:
         statuses = {name: self._judged[name] for name in self._names.parameters}
+        judge = Judge((), self._config.contract, self._names.aliases, statuses)
+        if statuses and (unmatched := judge.unmatched()):
+            _log.warning("no parameter matches %s of the configuration", _words.listed(unmatched))
+        open_ = {name: status for name, status in statuses.items() if _asks(judge, name, status)}
         return Report(
             step=0,
             logged=True,
             statuses=statuses,
             norms=self._norms,
             aliases=self._names.aliases,
-            diagnoses=inspection.diagnose(statuses, 0),
+            diagnoses=inspection.diagnose(open_, 0),
+            alerts=judge.observe(_observed(statuses)),
         )
 
     def _judge_written(self, written: frozenset[str]) -> None:
@@ -134,3 +154,24 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
         facts.measure({n: self._names.parameters[n] for n in names})
         self._judged.update(facts.statuses)
         self._norms.update(facts.stats.norms)
+
+
+def _asks(judge: Judge, name: str, status: Status) -> bool:
+    """Tell whether a status is to be explained, by what is meant for the parameter."""
+    entry = judge.contract_for(name)
+    if entry is None or entry.gradient == "required":
+        return True
+    return entry.gradient == "intermittent" and status is Status.NONFINITE
+
+
+def _observed(statuses: dict[str, Status]) -> Observation:
+    def having(status: Status) -> list[str]:
+        return [name for name, known in statuses.items() if known is status]
+
+    return Observation(
+        step=0,
+        covered=tuple(statuses),
+        missing=having(Status.MISSING),
+        frozen=having(Status.FROZEN),
+        unseen=having(Status.UNSEEN),
+    )

@@ -1,10 +1,11 @@
-"""The command ``gradwatch``: read about a cause, check a configuration, report on a run.
+"""The command ``gradwatch``: read about a cause, check a configuration or a model, report on a run.
 
 What this room knows that no other does: what stands on a command line, and what a shell expects back. The
-words are those of ``explain`` and ``config``. It loads no torch, so that it answers at once.
+words are those of ``explain`` and ``config``. It loads no torch but to check a model, so that it answers at
+once.
 
-Exit status: 0 when all is well, 1 when the output cannot be written, 2 when what was typed or a file is
-wrong, 130 after Ctrl-C, and 141 when the reader of a pipe is gone. A mistake of the user's is said in a few
+Exit status: 0 when all is well, 1 when a check found something or the output cannot be written, 2 when what
+was typed or a file is wrong, 130 after Ctrl-C, and 141 when the reader of a pipe is gone. A mistake of the user's is said in a few
 lines on stderr, never as a traceback.
 """
 
@@ -17,25 +18,27 @@ import json
 import os
 import re
 import sys
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from gradwatch import _findings, _formats
 from gradwatch._words import SUMMARIES
-from gradwatch.errors import ConfigError, HistoryError
+from gradwatch.errors import CheckError, ConfigError, HistoryError
 from gradwatch.explain import did_you_mean, explain, render
 from gradwatch.report import Cause
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_UNWRITABLE, _MISTAKE, _INTERRUPTED, _NO_READER = 1, 2, 130, 141
+_FOUND, _UNWRITABLE, _MISTAKE, _INTERRUPTED, _NO_READER = 1, 1, 2, 130, 141
 _EXAMPLES = """\
 examples:
   gradwatch explain                      list the causes
   gradwatch explain detached             read about one of them
   gradwatch config configs/strict.yaml   find the mistakes of a file
   gradwatch report runs/one              say what was found in a run, and write it as a web page
+  gradwatch check train:factory          run one step of a model, and fail over what gets no gradient
 """
 _EXPLAIN_EXAMPLES = """\
 examples:
@@ -55,6 +58,20 @@ examples:
   gradwatch report runs/one              print the findings, and write gradwatch.html
   gradwatch report lightning_logs/version_3 --output report.html
   gradwatch report runs/one --output -   print the findings only
+"""
+_CHECK_EXAMPLES = """\
+the factory:
+  def factory():                         # in train.py; or return a LightningModule and a batch
+      model, (x, y) = Net(), next(iter(loader))
+      return model, lambda: cross_entropy(model(x), y)
+
+examples:
+  gradwatch check train:factory          print the findings; the status is 1 where there are any
+  gradwatch check train:factory --config gradwatch.yaml
+                                         with the contract of a file
+  gradwatch check train:factory --format sarif > gradwatch.sarif
+  gradwatch check train:factory --baseline known.json --update-baseline
+                                         from now on fail over new findings only
 """
 
 
@@ -93,17 +110,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     try:
         arguments = _parser().parse_args(argv)
-        run: Callable[[argparse.Namespace], None] = arguments.run
-        run(arguments)
+        run: Callable[[argparse.Namespace], int | None] = arguments.run
+        return run(arguments) or 0
     except ConfigError as error:
         print(error, file=sys.stderr)
         return _MISTAKE
-    except HistoryError as error:
-        print(f"error[history]: {error}", file=sys.stderr)
+    except (CheckError, HistoryError) as error:
+        name = "check" if isinstance(error, CheckError) else "history"
+        print(f"error[{name}]: {error}", file=sys.stderr)
         return _MISTAKE
     except SystemExit as end:  # argparse's way to end after `--help` and after a mistake
         return int(end.code or 0)
-    return 0
 
 
 # --- what can be typed ---------------------------------------------------------------------------------
@@ -120,10 +137,12 @@ class _Parser(argparse.ArgumentParser):
         """Say what is wrong on stderr, and end with status 2."""
         unknown = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
         if unknown:
-            commands = re.findall(r"\w+", unknown[2])
-            guess = did_you_mean(unknown[1], commands)
-            hint = f"did you mean `{guess}`?" if guess else f"there are {_listed(commands)}"
-            message = f"unknown command `{unknown[1]}`: {hint}"
+            choices = re.findall(r"\w+", unknown[2])
+            guess = did_you_mean(unknown[1], choices)
+            hint = f"did you mean `{guess}`?" if guess else f"there are {_listed(choices)}"
+            option = re.match(r"argument (--[\w-]+)", message)
+            what = f"value `{unknown[1]}` of {option[1]}" if option else f"command `{unknown[1]}`"
+            message = f"unknown {what}: {hint}"
         print(f"error[usage]: {message}", file=sys.stderr)
         print(f"  = help: {self.prog} --help", file=sys.stderr)
         raise SystemExit(_MISTAKE)
@@ -142,16 +161,105 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(commands)
     _add_config(commands)
     _add_report(commands)
+    _add_check(commands)
     return parser
 
 
-def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
-    command = commands.add_parser(
-        "report",
-        help="say what was found in a run, and write it as a web page",
-        description="Prints the findings of a run, and writes findings and map into one HTML file.",
-        epilog=_REPORT_EXAMPLES,
+def _command(
+    commands: argparse._SubParsersAction[_Parser],
+    name: str,
+    help: str,  # noqa: A002 -- as argparse calls it
+    description: str,
+    examples: str,
+) -> _Parser:
+    return commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_check(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _command(
+        commands,
+        "check",
+        "run one step of a model, and fail over what gets no gradient",
+        "Runs one step of a model that a function of yours makes, and says which parameters\n"
+        "get no gradient, why, and where. The status is 1 where something was found.",
+        _CHECK_EXAMPLES,
+    )
+    command.add_argument(
+        "target",
+        metavar="MODULE:FACTORY",
+        help="function that returns (model, closure), where closure() is the loss, or"
+        " (LightningModule, batch); seen from the working directory",
+    )
+    command.add_argument(
+        "--config", metavar="FILE", help="YAML file whose watch and contract sections hold"
+    )
+    command.add_argument(
+        "--format",
+        choices=["text", "json", "sarif", "github"],
+        default="text",
+        help="how findings are printed (default: text)",
+    )
+    command.add_argument(
+        "--baseline", metavar="FILE", help="file of known findings, over which nothing fails"
+    )
+    command.add_argument(
+        "--update-baseline", action="store_true", help="write what is found into the baseline"
+    )
+    command.set_defaults(run=_check)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    baseline, updates = arguments.baseline, arguments.update_baseline
+    if updates and baseline is None:
+        raise ConfigError("error[usage]: `--update-baseline` takes a `--baseline FILE` to write")
+    # A file that is there and no baseline is somebody's: it is not written over.
+    wanted = baseline is not None and not (updates and not Path(baseline).exists())
+    known = _findings.read_baseline(baseline) if wanted else frozenset()
+    config = importlib.import_module("gradwatch.config").load_config(arguments.config)
+    from gradwatch._check import check  # noqa: PLC0415 -- torch, seconds of imports
+
+    with redirect_stdout(sys.stderr):  # what the user's code prints is no part of a report
+        report, made_at = check(arguments.target, config)
+    findings = _findings.findings_of(report)
+    if updates:
+        _findings.write_baseline(baseline, findings)
+        print(f"{baseline}: {_formats.counted(len(findings), 'finding')}")
+        return 0
+    new, gone = _findings.compared(findings, known)
+    if arguments.format == "json":
+        print(_formats.json_of(arguments.target, report, findings, new))
+    elif arguments.format == "sarif":
+        version = importlib.import_module("gradwatch").__version__
+        print(_formats.sarif_of(arguments.target, version, new, made_at))
+    elif arguments.format == "github" and new:
+        print(_formats.github_of(new, made_at))
+    elif arguments.format == "text":
+        for finding in new:
+            print(_painted(finding.rendered), end="\n\n")
+    # A stream that the shell has closed is None, which `print` takes for stdout.
+    aside = sys.stderr or io.StringIO()
+    is_data = arguments.format in {"json", "sarif"}
+    print(_formats.closing(report, findings, new, gone), file=aside if is_data else sys.stdout)
+    return _FOUND if any(finding.fails for finding in new) else 0
+
+
+def _painted(text: str) -> str:
+    return str(importlib.import_module("gradwatch.sinks.console").painted(text, sys.stdout))
+
+
+def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _command(
+        commands,
+        "report",
+        "say what was found in a run, and write it as a web page",
+        "Prints the findings of a run, and writes findings and map into one HTML file.",
+        _REPORT_EXAMPLES,
     )
     command.add_argument("log_dir", metavar="LOG_DIR", help="folder of the run's event file")
     command.add_argument(
@@ -185,12 +293,12 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _add_explain(commands: argparse._SubParsersAction[_Parser]) -> None:
-    command = commands.add_parser(
+    command = _command(
+        commands,
         "explain",
-        help="read about a cause, or list them all",
-        description="Shows what a cause means, an example of it, and what to do instead.",
-        epilog=_EXPLAIN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "read about a cause, or list them all",
+        "Shows what a cause means, an example of it, and what to do instead.",
+        _EXPLAIN_EXAMPLES,
     )
     command.add_argument(
         "cause", nargs="?", metavar="CAUSE", help="name of a cause; without one, all are listed"
@@ -199,12 +307,12 @@ def _add_explain(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _add_config(commands: argparse._SubParsersAction[_Parser]) -> None:
-    command = commands.add_parser(
+    command = _command(
+        commands,
         "config",
-        help="check a configuration file",
-        description="Shows every mistake of a configuration file, with its line and column.",
-        epilog=_CONFIG_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "check a configuration file",
+        "Shows every mistake of a configuration file, with its line and column.",
+        _CONFIG_EXAMPLES,
     )
     what = command.add_mutually_exclusive_group()
     what.add_argument("file", nargs="?", metavar="FILE", help="YAML file to check")

@@ -24,7 +24,15 @@ from gradwatch._words import listed
 from gradwatch.errors import ConfigError
 from gradwatch.explain import did_you_mean
 from gradwatch.report import Status
-from gradwatch.rules import Condition, ContractEntry, Globs, Rule, Steps, condition_problem
+from gradwatch.rules import (
+    Condition,
+    ContractEntry,
+    Globs,
+    Rule,
+    Steps,
+    condition_problem,
+    matches,
+)
 
 _Loc = tuple[int | str, ...]
 
@@ -73,6 +81,19 @@ class WatchConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     include: Globs = Field(default=("*",), description="Globs over parameter names to watch.")
     exclude: Globs = Field(default=(), description="Globs over parameter names to leave out again.")
+
+    def holds(self, name: str, aliases: Collection[str] = ()) -> bool:
+        """Tell whether a parameter is watched, by its name or one of its aliases.
+
+        Args:
+            name: The parameter's name.
+            aliases: Its other names, when it is tied.
+
+        Example:
+            >>> WatchConfig(exclude="teacher.*").holds("teacher.weight")
+            False
+        """
+        return matches(self.include, name, aliases) and not matches(self.exclude, name, aliases)
 
 
 class TensorBoardConfig(BaseModel):

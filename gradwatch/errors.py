@@ -6,6 +6,7 @@ code are never wrapped in these: they pass through unchanged.
     Exception
     +-- GradWatchError            everything raised on purpose
         +-- ConfigError           a configuration that cannot be used (also a ValueError)
+        +-- CheckError            what `gradwatch check` was given cannot be run (also a ValueError)
         +-- HistoryError          a log folder whose history cannot be read (also a ValueError)
         +-- GradientAlertError    a rule with `action: abort` fired (also a RuntimeError)
             +-- DisconnectedParameterError   ... for parameters that get no gradient
@@ -25,6 +26,10 @@ class GradWatchError(Exception):
 
 class ConfigError(GradWatchError, ValueError):
     """Raised when a configuration cannot be used; the message shows every mistake with its place."""
+
+
+class CheckError(GradWatchError, ValueError):
+    """Raised when what ``gradwatch check`` was given cannot be run or read; the message says how to go on."""
 
 
 class HistoryError(GradWatchError, ValueError):

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 _SHOWN_ROWS = 50
-_SEVERITIES = {
+SEVERITIES = {
     Action.LOG: Severity.NOTE,
     Action.WARN: Severity.WARNING,
     Action.STOP: Severity.WARNING,
     Action.ABORT: Severity.ERROR,
 }
+"""How much an alert matters, by what its rule does."""
+
 _CONSEQUENCES = {
     Action.STOP: "training ends after this step",
     Action.ABORT: "training ends before the optimizer writes",
@@ -105,19 +107,35 @@ def render(subject: Diagnosis | Alert | Report, all_names: Iterable[str] = ()) -
     return "\n\n".join(render(entry, names) for entry in entries)
 
 
-def fact(diagnosis: Diagnosis, all_names: Iterable[str] = ()) -> str:
-    """Return the one sentence that a diagnosis begins with.
+def fact(subject: Diagnosis | Alert, all_names: Iterable[str] = ()) -> str:
+    """Return the one sentence that a diagnosis or an alert begins with.
 
     Args:
-        diagnosis: What to tell.
+        subject: What to tell.
         all_names: As for ``render``.
 
     Example:
         >>> print(fact(Diagnosis(Severity.WARNING, Cause.UNUSED, Status.MISSING, ("w",))))
         `w` gets no gradient
     """
-    names = fold(diagnosis.parameters, all_names)
-    return f"{_words.listed(names)} {_fact(diagnosis, names)}"
+    names = fold(subject.parameters, all_names)
+    if isinstance(subject, Alert):
+        return _alert_fact(subject, names)
+    return f"{_words.listed(names)} {_fact(subject, names)}"
+
+
+def label(diagnosis: Diagnosis) -> str:
+    """Return what is said under the carets; empty for causes without a line of their own.
+
+    Args:
+        diagnosis: What to tell.
+
+    Example:
+        >>> label(Diagnosis(Severity.WARNING, Cause.NO_GRAD, Status.MISSING, ("w",)))
+        'runs with gradient mode off'
+    """
+    word = _word(diagnosis.operation)
+    return _words.LABELS.get(diagnosis.cause, "").format(word=f"`{word}`" if word else "this")
 
 
 def healed(diagnosis: Diagnosis, all_names: Iterable[str] = ()) -> str:
@@ -277,10 +295,10 @@ def _render_diagnosis(diagnosis: Diagnosis, all_names: Iterable[str]) -> str:
         width = len(str(place.line))
         module = place.module or (site.module if site else None)
         lines.append(f"{' ' * width}--> {_snippet.location(place, module)}")
-        shown = _snippet.snippet(place, _label(diagnosis), width)
+        shown = _snippet.snippet(place, label(diagnosis), width)
         lines += shown
-        if not shown and _label(diagnosis):
-            notes.insert(0, _label(diagnosis))
+        if not shown and label(diagnosis):
+            notes.insert(0, label(diagnosis))
     if site and site is not place:
         notes.insert(0, _snippet.inside(site))
     bullets = [f"note: {note}" for note in notes]
@@ -292,7 +310,7 @@ def _render_diagnosis(diagnosis: Diagnosis, all_names: Iterable[str]) -> str:
 
 def _render_alert(alert: Alert, all_names: Iterable[str]) -> str:
     names = fold(alert.parameters, all_names)
-    severity = _SEVERITIES[alert.action]
+    severity = SEVERITIES[alert.action]
     fired = f"fired in step {alert.step}"
     run = f"{fired}, the last of {alert.steps} in a row" if alert.steps > 1 else fired
     bullets = [f"note: {run}"]
@@ -324,11 +342,6 @@ def _alert_fact(alert: Alert, names: Sequence[str]) -> str:
     # One value stands for all of them: it is the worst.
     verb = ("is down to" if below else "is up to") if _is_many(names) else "is"
     return f"{norm} {verb} {alert.value:.1e}, {'below' if below else 'above'} {alert.limit:.1e}"
-
-
-def _label(diagnosis: Diagnosis) -> str:
-    word = _word(diagnosis.operation)
-    return _words.LABELS.get(diagnosis.cause, "").format(word=f"`{word}`" if word else "this")
 
 
 def _bullets(bullets: Iterable[str], width: int) -> list[str]:
@@ -418,7 +431,7 @@ def _alert_table(alerts: Sequence[Alert], statuses: Mapping[str, Status]) -> str
     rows = ["| Severity | Rule | What | Step |", "|---|---|---|---|"]
     for entry in alerts[:_SHOWN_ROWS]:
         fact = _alert_fact(entry, fold(entry.parameters, statuses))
-        cells = (_SEVERITIES[entry.action], entry.rule, fact, str(entry.step))
+        cells = (SEVERITIES[entry.action], entry.rule, fact, str(entry.step))
         rows.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
     return "\n".join(rows)
 

@@ -27,13 +27,13 @@ from gradwatch._cost import Cost
 from gradwatch._diagnose import Inspection, not_in_optimizer, undetermined
 from gradwatch._distributed import Exchange, Group, is_flattened
 from gradwatch._ledger import Facts, Ledger
-from gradwatch._names import Names, Owners, checked, is_compiled, names_of
+from gradwatch._names import Owners, checked, is_compiled, names_of
 from gradwatch._raised import add_note
 from gradwatch._stats import Sensor, is_deepspeed, is_hidden, is_searching, scale_left
 from gradwatch.config import Config, load_config
 from gradwatch.errors import DisconnectedParameterError, GradientAlertError, GradWatchError
 from gradwatch.report import Action, Alert, Cause, Diagnosis, Report, Status
-from gradwatch.rules import Judge, Observation, matches, worst
+from gradwatch.rules import Judge, Observation, worst
 from gradwatch.sinks.console import ConsoleSink
 from gradwatch.sinks.standard import standard_sinks
 
@@ -644,7 +644,7 @@ class Watcher:
 
     def _look_at_model(self) -> None:
         """Take the parameters and their owners as they are now; what arrived so far is kept."""
-        self._names = _watched(names_of(self._model), self.config)
+        self._names = names_of(self._model).where(self.config.watch.holds)
         self._owners = Owners(self._names, self._optimizers, complete=self._complete)
         known = getattr(self, "_sensor", None)
         if known is None or not known.watches(self._names.parameters):
@@ -880,19 +880,6 @@ def _has_closure(args: Any, kwargs: Mapping[str, Any]) -> bool:
 def _as_optimizers(given: Any) -> tuple[Any, ...]:
     """Return the optimizers that were given, also where that is a single one."""
     return (given,) if hasattr(given, "param_groups") else tuple(given)
-
-
-def _watched(names: Names, config: Config) -> Names:
-    """Leave out the parameters that the configuration excludes."""
-    if config.watch.include == ("*",) and not config.watch.exclude:
-        return names
-    chosen = {
-        name: parameter
-        for name, parameter in names.parameters.items()
-        if matches(config.watch.include, name, names.aliases.get(name, ()))
-        and not matches(config.watch.exclude, name, names.aliases.get(name, ()))
-    }
-    return Names(chosen, names.modules, names.aliases)
 
 
 def _alert_error(report: Report, names: Iterable[str]) -> GradientAlertError:

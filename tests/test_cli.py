@@ -85,14 +85,14 @@ def test_nothing_to_do_shows_the_help(capsys) -> None:
     assert "gradwatch explain detached" in out
 
 
-@pytest.mark.parametrize("command", ["explain", "config"])
+@pytest.mark.parametrize("command", ["explain", "config", "report", "check"])
 def test_help_of_commands(capsys, command: str) -> None:
     """The help of each command shows examples of it."""
     status, out, err = said(capsys, command, "--help")
 
     assert (status, err) == (0, "")
     assert f"usage: gradwatch {command}" in out
-    assert re.search(rf"examples:\n  gradwatch {command}", out)
+    assert re.search(rf"examples:\n  gradwatch {command} ", out)
 
 
 def test_version(capsys) -> None:

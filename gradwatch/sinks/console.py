@@ -111,10 +111,7 @@ class ConsoleSink:
             return
         try:
             is_terminal = stream.isatty()
-            wants_color = is_terminal and _terminal_takes_color()
-            text = (
-                _coloured(block) if (wants_color if self._color is None else self._color) else block
-            )
+            text = painted(block, stream, color=self._color)
             # Off a terminal the bar's line cannot be cleared, only left.
             text = f"{_CLEAR_LINE}{text}\n\n" if is_terminal else f"\n{text}\n"
             with _bars_aside(stream):
@@ -122,6 +119,22 @@ class ConsoleSink:
                 stream.flush()
         except (OSError, ValueError):  # closed in between, or the reader of the pipe is gone
             return
+
+
+def painted(block: str, stream: TextIO, *, color: bool | None = None) -> str:
+    """Return a block as a stream shows it: in colours on terminals that want them.
+
+    Args:
+        block: What ``explain.render`` returned, or several such, or a line.
+        stream: Where it will be printed.
+        color: Whether to colour; None decides by the stream, ``NO_COLOR`` and ``TERM``.
+
+    Example:
+        >>> painted("note: 1 parameter trains", StringIO())
+        'note: 1 parameter trains'
+    """
+    wanted = stream.isatty() and _terminal_takes_color() if color is None else color
+    return _coloured(block) if wanted else block
 
 
 def _terminal_takes_color() -> bool:
