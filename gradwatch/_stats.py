@@ -75,6 +75,12 @@ class Sensor:
             for known, given in zip(self._parameters, parameters.values(), strict=True)
         )
 
+    def extend(self, parameters: Mapping[str, Tensor]) -> None:
+        """Tell of further parameters too, from the next backward pass on."""
+        self.names = (*self.names, *parameters)
+        self._parameters = (*self._parameters, *parameters.values())
+        self._everyone = frozenset(range(len(self.names)))
+
     def before(self) -> None:
         """Note what is there when a backward pass begins."""
         self._held = {
