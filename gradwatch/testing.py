@@ -230,7 +230,9 @@ class _Verdict:
             groups: dict[tuple[int, int], list[str]] = defaultdict(list)
             for name in self._names.parameters:
                 bad = [i for i, p in enumerate(self._passes) if p.report.statuses[name] is status]
-                if bad and (status is Status.NONFINITE or is_required(self._judge.contract_for(name))):
+                if bad and (
+                    status is Status.NONFINITE or is_required(self._judge.contract_for(name))
+                ):
                     groups[bad[0], len(bad)].append(name)
             for (first, count), names in groups.items():
                 for found in self._passes[first].about(names):

@@ -181,7 +181,9 @@ def test_contract_required_broken():
 
 def test_contract_mistake():
     """A mistake in the contract is one error with its place and a suggestion, before anything runs."""
-    with pytest.raises(ConfigError, match=r"contract entry 1(.|\n)*contract\[0\].gradient") as raised:
+    with pytest.raises(
+        ConfigError, match=r"contract entry 1(.|\n)*contract\[0\].gradient"
+    ) as raised:
         assert_gradients(Healthy(), pytest.fail, X, contract=[entry("*", "intermitent")])
 
     assert "= help: did you mean `intermittent`?" in str(raised.value)
@@ -219,9 +221,9 @@ def without_encoder():
 
 def test_intermittent():
     """A layer that is left out at random fails, and the failure says under how many seeds it had a gradient."""
-    expected = arrivals(5)
+    model, expected = LayerDrop(), arrivals(5)
     torch.manual_seed(without_encoder())
-    text = failure(LayerDrop())
+    text = failure(model)
 
     assert 0 < expected < 4
     assert text.startswith(
@@ -286,10 +288,11 @@ class ManyDropped(LayerDrop):
 
 def test_intermittent_of_many():
     """Where many modules are intermittent, the help names the key of the contract alone."""
+    model = ManyDropped()
     torch.manual_seed(without_encoder())
 
     assert "= help: if it is meant so, say `gradient: intermittent` in the contract\n" in failure(
-        ManyDropped()
+        model
     )
 
 
@@ -325,7 +328,9 @@ def test_loss_of_another_type():
 def test_loss_with_several_elements():
     """A loss with several elements is told with its shape, and what to do."""
     model = Healthy()
-    with pytest.raises(ValueError, match=r"found shape \(2, 3\): take its `.mean\(\)` or `.sum\(\)`"):
+    with pytest.raises(
+        ValueError, match=r"found shape \(2, 3\): take its `.mean\(\)` or `.sum\(\)`"
+    ):
         assert_gradients(model, model.encoder, X)
 
 
