@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("gradwatch")
 _FOUND = pytest.StashKey[str]()
 _MARKERS = (
-    "gradwatch(contract=()): check every backward pass of this test, also without --gradwatch; the contract "
-    "says which parameters are meant to get no gradient",
+    "gradwatch(contract=()): check this test also without --gradwatch, against this contract",
     "no_gradwatch: leave this test out of --gradwatch",
 )
 

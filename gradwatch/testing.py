@@ -94,10 +94,7 @@ def assert_gradients(
     """
     __tracebackhide__ = True
     checked(model, "assert_gradients(model, ...)")
-    if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
-        raise ValueError(
-            f"`assert_gradients(seeds={seeds!r})`: expected a whole number of at least 1"
-        )
+    _check_seeds(seeds)
     verdict = _Verdict(model, contract)
     verdict.run(loss_fn, batch)
     if verdict.is_open(seeds):
@@ -189,11 +186,11 @@ class _Verdict:
                 loss = _checked_loss(loss_fn(*batch))
                 with _strangers_as_before(loss, self._model):
                     if loss.requires_grad:
-                        loss.backward()
+                        loss.backward()  # type: ignore[no-untyped-call]
                     else:
                         self._has_history = False
                         with suppress(RuntimeError):  # the diagnosis says what the loss lacks
-                            loss.backward()
+                            loss.backward()  # type: ignore[no-untyped-call]
         self.add(diagnosis)
 
     def add(self, diagnosis: diagnose) -> None:
@@ -278,6 +275,13 @@ def entries_of(contract: Contract) -> tuple[ContractEntry, ...]:
 # --- running, and leaving all as it was ----------------------------------------------------------------
 
 
+def _check_seeds(seeds: Any) -> None:
+    __tracebackhide__ = True
+    if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
+        wanted = "expected a whole number of at least 1"
+        raise ValueError(f"`assert_gradients(seeds={seeds!r})`: {wanted}")
+
+
 def _checked_loss(loss: Any) -> Tensor:
     __tracebackhide__ = True
     wanted = "`assert_gradients(model, loss_fn)`: expected a tensor with one element from `loss_fn`"
@@ -294,7 +298,7 @@ def _seed(seed: int) -> None:
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(seed)
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)
 
 
@@ -328,7 +332,8 @@ def _as_before(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _random_numbers_as_before() -> Iterator[None]:
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if on_cuda else ()
     numpy = sys.modules.get("numpy")
     state, legacy = random.getstate(), None if numpy is None else numpy.random.get_state()
     with torch.random.fork_rng(devices=devices):

@@ -74,7 +74,7 @@ def test_entry_point() -> None:
 
 
 def test_pytest_entry_point() -> None:
-    """pytest is told of the plugin by the project file, and the module is there."""
+    """The project file tells pytest of the plugin, and the module is there."""
     assert PROJECT["entry-points"]["pytest11"] == {"gradwatch": "gradwatch.pytest_plugin"}
     assert importlib.util.find_spec("gradwatch.pytest_plugin") is not None
 

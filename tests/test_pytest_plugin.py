@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 
 import pytest
-import torch._dynamo  # pytest would forget what is first loaded inside of a run within this one
+import torch._dynamo  # noqa: F401 -- pytest would forget what is first loaded inside of a run within this one
 
 import gradwatch._roots
 import gradwatch.pytest_plugin
@@ -88,9 +88,7 @@ def test_option(run) -> None:
     result = run(BOTH, "--gradwatch")
 
     result.assert_outcomes(passed=2, failed=1)
-    result.stdout.fnmatch_lines(
-        ["*_ test_sick _*", *DIAGNOSIS, "*short test summary*"], consecutive=True
-    )
+    result.stdout.fnmatch_lines(["*_ test_sick _*", *DIAGNOSIS, "==*"], consecutive=True)
     result.stdout.no_fnmatch_line("*Traceback*")
 
 
@@ -162,8 +160,7 @@ def test_not_as_meant():
         [
             *DIAGNOSIS,
             "*_ test_not_as_meant _*",
-            "warning[[]contract[]]: `Net.head.weight` and `Net.head.bias` are meant to get no gradient "
-            "(later), and each got one",
+            "warning[[]contract[]]: `Net.head.weight` and `Net.head.bias` are meant to get no *",
         ]
     )
 
@@ -277,7 +274,7 @@ def test_fixture(run, option) -> None:
     result.stdout.no_fnmatch_line("*- GradWatch -*")
 
 
-def test_failure_of_ours(run, monkeypatch, caplog) -> None:
+def test_failure_of_ours(run, monkeypatch) -> None:
     """A failure of ours is one log record, and the test passes."""
     monkeypatch.setattr("gradwatch._roots.Roots.findings", lambda *_: 1 / 0)
 

@@ -219,7 +219,10 @@ def functional():
 def functional_after_a_call():
     model = Net()
     model(X)
-    tensors = {n: nn.Parameter(p.detach().clone()) for n, p in model.named_parameters()}
+    tensors: dict[str, torch.Tensor] = {
+        name: nn.Parameter(parameter.detach().clone())
+        for name, parameter in model.named_parameters()
+    }
     functional_call(model, tensors, (X,)).sum().backward()
 
 
@@ -316,7 +319,10 @@ class Lit(LightningModule):
 
 
 def trainer():
-    Trainer(**QUIET).fit(Lit(), DataLoader(X, batch_size=1))
+    Trainer(**QUIET).fit(
+        Lit(),
+        DataLoader([*X], batch_size=1),  # type: ignore[arg-type]
+    )
 
 
 def asserted_elsewhere():
@@ -491,14 +497,15 @@ def test_same_numbers():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
         optimizer = torch.optim.Adam(model.parameters())
+        losses = []
         for _ in range(3):
             optimizer.zero_grad()
-            loss = model(X).square().mean()
-            loss.backward()
+            losses.append(model(X).square().mean())
+            losses[-1].backward()
             optimizer.step()
-        return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+        return [*torch.stack(losses).detach(), *(p.grad.clone() for p in model.parameters())]
 
-    watched = []
+    watched: list[torch.Tensor] = []
 
     assert found(lambda: watched.extend(run())) == []
     assert all(map(torch.equal, watched, run()))
