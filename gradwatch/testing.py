@@ -17,7 +17,7 @@ import os
 import random
 import sys
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -162,16 +162,17 @@ class _Verdict:
         self._judge = Judge([], entries_of(contract), self._names.aliases, self._names.parameters)
         self._passes: list[diagnose] = []
         self._broken: list[str] = []
-        self._has_history = True
+        self._without_history = 0
 
     def __str__(self) -> str:
         """Return why the test fails; empty when it does not."""
         texts = [render(found, self._names.parameters) for found in self._findings()]
         texts += self._broken
-        if not self._has_history:
-            texts.insert(0, _words.error_note("no_history", None))
+        if self._without_history == len(self._passes):
             if not any(p.requires_grad for p in self._names.parameters.values()):
                 return all_frozen(self._model)
+            if texts:
+                texts.insert(0, _words.error_note("no_history", None))
         return "\n\n".join([*texts, *map(self._misspelt, self._judge.unmatched() if texts else ())])
 
     def run(
@@ -184,13 +185,11 @@ class _Verdict:
                 _seed(seed)
             with diagnose(self._model) as diagnosis:
                 loss = _checked_loss(loss_fn(*batch))
-                with _strangers_as_before(loss, self._model):
-                    if loss.requires_grad:
-                        loss.backward()  # type: ignore[no-untyped-call]
-                    else:
-                        self._has_history = False
-                        with suppress(RuntimeError):  # the diagnosis says what the loss lacks
-                            loss.backward()  # type: ignore[no-untyped-call]
+                # Without a history it raises: the diagnosis says what the loss lacks.
+                lenient = nullcontext() if loss.requires_grad else suppress(RuntimeError)
+                with _strangers_as_before(loss, self._model), lenient:
+                    loss.backward()  # type: ignore[no-untyped-call]
+        self._without_history += not loss.requires_grad
         self.add(diagnosis)
 
     def add(self, diagnosis: diagnose) -> None:

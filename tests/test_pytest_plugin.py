@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch._dynamo  # noqa: F401 -- pytest would forget what is first loaded inside of a run within this one
@@ -11,6 +14,7 @@ import gradwatch._roots
 import gradwatch.pytest_plugin
 import gradwatch.testing  # noqa: F401 -- as above
 
+PAGE = (Path(__file__).parents[1] / "docs" / "testing.md").read_text()
 INSTALLED = importlib.metadata.entry_points(group="pytest11", name="gradwatch")
 # Named by its module beside its entry point, pytest would register the plugin twice, and refuse.
 PLUGIN = ("-p", "gradwatch" if INSTALLED else "gradwatch.pytest_plugin")
@@ -304,3 +308,25 @@ def test_entry_point(pytester, monkeypatch) -> None:
     for arguments in ((), ("-p", "gradwatch")):
         result = pytester.runpytest_subprocess(*arguments, "-p", "no:cacheprovider")
         result.assert_outcomes(passed=1)
+
+
+def test_page(pytester, monkeypatch) -> None:
+    """The page on testing is true: its files run, and pytest says what it shows."""
+    monkeypatch.setattr(sys, "path", [str(pytester.path), *sys.path])
+    for name, code in re.findall(
+        r"^```python\n(# (?:test_\w+).py)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
+    ):
+        pytester.path.joinpath(name.removeprefix("# ")).write_text(f"{name}\n{code}")
+    shown = re.findall(
+        r"^\$ pytest ([^\n]*)\n```\n\n```text\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
+    )
+    for arguments, text in shown:
+        result = pytester.runpytest_inprocess(*PLUGIN, "-p", "no:cacheprovider", *arguments.split())
+        result.assert_outcomes(failed=1)
+        assert text in f"{result.stdout}\n"
+    others = pytester.runpytest_inprocess(
+        *PLUGIN, "-p", "no:cacheprovider", "test_price.py", "test_marked.py", "test_fixture.py"
+    )
+
+    others.assert_outcomes(passed=4)
+    assert len(shown) == 2

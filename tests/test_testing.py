@@ -329,6 +329,28 @@ def test_all_frozen():
     assert text.startswith("every parameter has `requires_grad=False`, so the loss has no history")
 
 
+class AllDropped(Healthy):
+    """Its only layer is left out at random, and with it the history of the loss."""
+
+    def __init__(self):
+        super().__init__()
+        del self.head
+
+    def loss(self, x):
+        return (self.encoder(x) if torch.rand(()) < 0.5 else x).mean()
+
+
+def test_loss_without_history_now_and_then():
+    """A loss that has a history under some seeds is told as intermittent, and passes where that is meant."""
+    model, expected = AllDropped(), arrivals(5)
+    torch.manual_seed(without_encoder())
+    text = failure(model)
+
+    assert text.startswith("warning[unused]: `encoder.*` get no gradient\n")
+    assert f"it is intermittent: a gradient arrived under {expected} of 5 seeds" in text
+    assert_gradients(model, model.loss, X, contract=[entry("*", "intermittent")])
+
+
 def test_loss_of_another_type():
     """A loss that is no tensor is named."""
     with pytest.raises(TypeError, match=r"one element from `loss_fn`, found `dict`"):
@@ -492,6 +514,15 @@ def test_checked_pass_fails():
         checked_pass(model),
     ):
         model.loss(X).backward()
+
+
+def test_checked_pass_of_a_frozen_model():
+    """Of a frozen model nothing is expected in a pass of the test's own."""
+    model = Healthy().requires_grad_(False)
+    with checked_pass(model) as diagnosis:
+        model.loss(X)
+
+    assert diagnosis.report.diagnoses == ()
 
 
 def test_checked_pass_that_raises():
