@@ -83,6 +83,13 @@ class Inspection(BackwardListener):
         self.unseen: frozenset[str] = frozenset()
         """Names of those whose gradients an optimizer takes away before backward ends."""
 
+    def adopt(self, parameters: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
+        """Ask about these parameters and modules too, from the next operation on."""
+        self.parameters.update(parameters)
+        self._modules.update(modules)
+        self.trace.adopt(parameters, modules)
+        self.sensor.extend(parameters)
+
     def start(self) -> None:
         """Begin to record."""
         self.trace.start()

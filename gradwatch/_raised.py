@@ -94,13 +94,17 @@ def _no_history(message: str, inspection: Inspection, model: nn.Module) -> str |
     parameters = inspection.parameters
     wanting = [name for name, parameter in parameters.items() if parameter.requires_grad]
     if not wanting:
-        place = _first_freezing(model)
-        return _words.error_note("all_frozen", place)
+        return all_frozen(model)
     found = inspection.diagnose(dict.fromkeys(wanting, Status.MISSING), 0)
     told = next((d for d in found if d.site is not None), found[0] if found else None)
     if told is None:
         return None
     return _words.error_note("no_history", None) + "\n\n" + explain.render(told, tuple(parameters))
+
+
+def all_frozen(model: nn.Module) -> str:
+    """Return what is to be said of a loss without a history when no parameter requires grad."""
+    return _words.error_note("all_frozen", _first_freezing(model))
 
 
 def _first_freezing(model: nn.Module) -> str | None:

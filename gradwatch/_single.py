@@ -19,12 +19,12 @@ from gradwatch._names import checked, names_of
 from gradwatch._raised import add_note
 from gradwatch._stats import is_hidden
 from gradwatch.config import Config, load_config
-from gradwatch.report import Report, Status
+from gradwatch.report import Diagnosis, Report, Status
 from gradwatch.rules import Judge, Observation
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from types import TracebackType
 
     from torch import nn
@@ -68,6 +68,7 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
         self._config = load_config(config)
         self._model = checked(model, "diagnose(model)")
         self._inspection: Inspection | None = None
+        self._ended: Inspection | None = None
         self._judged: dict[str, Status] = {}
         self._norms: dict[str, float] = {}
 
@@ -75,7 +76,7 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
         return explain.render(self.report, tuple(self.report.statuses))
 
     def __enter__(self) -> Self:
-        self.report = Report(step=0)
+        self.report, self._ended = Report(step=0), None
         self._judged, self._norms = {}, {}
         with self._harmless():
             self._names = names_of(self._model).where(self._config.watch.holds)
@@ -102,9 +103,26 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
             finally:
                 inspection.stop()
             if error is None:
-                self.report = self._reported(inspection)
+                self.report, self._ended = self._reported(inspection), inspection
             elif isinstance(error, Exception):
                 add_note(error, inspection, self._model, ())
+
+    def about(self, names: Iterable[str]) -> tuple[Diagnosis, ...]:
+        """Return what a pass that has ended says of some parameters, as if all others were well.
+
+        Args:
+            names: The parameters asked about; those that are well are passed over.
+
+        Example:
+            >>> from torch import nn
+            >>> with diagnose(nn.Linear(2, 1)) as diagnosis:
+            ...     pass
+            >>> [found.parameters for found in diagnosis.about(["weight"])]
+            [('weight',)]
+        """
+        if self._ended is None:
+            return ()
+        return self._ended.diagnose({name: self.report.statuses[name] for name in names}, 0)
 
     @contextmanager
     def _harmless(self) -> Iterator[None]:

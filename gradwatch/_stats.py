@@ -87,6 +87,12 @@ class Sensor:
             map(is_, self._parameters, parameters.values())
         )
 
+    def extend(self, parameters: Mapping[str, Tensor]) -> None:
+        """Tell of further parameters too, from the next backward pass on."""
+        self.names = (*self.names, *parameters)
+        self._parameters = (*self._parameters, *parameters.values())
+        self._everyone = frozenset(range(len(self.names)))
+
     def before(self) -> None:
         """Note what is there when a backward pass begins."""
         if self._clears and self._held is self._first is None:
@@ -191,9 +197,10 @@ class Sensor:
     def _is_old(self, position: int) -> bool:
         """Tell whether a gradient is one that was there before, and not one assigned by hand."""
         first = self._first
-        return first is None or bool(
-            first.refs and first.refs[position]() is self._parameters[position].grad
-        )
+        if first is None:
+            return True
+        known = position < len(first.refs)
+        return known and first.refs[position]() is self._parameters[position].grad
 
 
 class _Held(NamedTuple):

@@ -151,9 +151,9 @@ class Trace(Record):
         self.tag = f"gradwatch {next(_traces)}"
         """Key of the operation's number in an autograd node's metadata, another one for each trace."""
         self._listener = listener or BackwardListener()
-        self._parameters = dict(parameters)
-        self._names = {id(tensor): name for name, tensor in parameters.items()}
-        self._paths = {id(module): path for path, module in modules.items()}
+        self._parameters: dict[str, Tensor] = {}
+        self._names: dict[int, str] = {}
+        self._paths: dict[int, str] = {}
         self._known: dict[int, _Entry] = {}
         self._storages: dict[int, dict[int, _Entry]] = {}
         """Per address the tensors over that memory by their ``id``, the one numbered last at the end."""
@@ -168,10 +168,21 @@ class Trace(Record):
         self._closures = 0
         self._mode = _Mode(self)
         self._inside = ExitStack()
+        self.adopt(parameters, modules)
+
+    def adopt(self, parameters: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
+        """Ask about these tensors and modules too, from now on."""
         for name, tensor in parameters.items():
-            number = self._register(tensor, Value(None, tensor.requires_grad))
-            self.values[number].parameter, self.values[number].settled = name, False
+            self._parameters[name], self._names[id(tensor)] = tensor, name
+            entry = self._known.get(id(tensor))
+            if entry is not None and entry() is tensor:
+                value = self.values[entry.value]
+                value.label = None
+            else:
+                value = self.values[self._register(tensor, Value(None, tensor.requires_grad))]
+            value.parameter, value.settled = name, False
         for path, module in modules.items():
+            self._paths[id(module)] = path
             self._know_attributes(path, module)
 
     # Life -------------------------------------------------------------------------------------
@@ -462,6 +473,7 @@ class Trace(Record):
 
     def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the user's program, and note what it read and made."""
+        __tracebackhide__ = True  # pytest leaves this out of the traceback of a user's error
         traits = traits_of(func)
         if traits.ignored:
             return func(*args, **kwargs)
@@ -721,6 +733,7 @@ class Trace(Record):
 
     def backward_unrecorded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a backward pass after a failure of ours: who got a gradient is told all the same."""
+        __tracebackhide__ = True
         if self.in_backward:
             return func(*args, **kwargs)
         self.in_backward = True
@@ -733,6 +746,7 @@ class Trace(Record):
     def _backward(
         self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        __tracebackhide__ = True
         place = _frames.here(sys._getframe(3))
         accumulates = traits.kind is Kind.BACKWARD
         try:
@@ -782,6 +796,7 @@ class _Mode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
+        __tracebackhide__ = True
         trace = self._trace()
         if trace is None:
             return func(*args, **(kwargs or {}))

@@ -289,6 +289,32 @@ def another_path(cause: Cause, site: Site | None) -> str:
     return f"another path to the loss is cut too ({cause}){where}"
 
 
+def too_long(operations: int) -> str:
+    """Say why no more is recorded."""
+    return f"more than {operations:,} operations ran: no more are kept"
+
+
+def under_no_seed(seeds: int) -> str:
+    """Say that random numbers are not what keeps the gradient away."""
+    return f"no gradient arrived under any of {seeds} seeds"
+
+
+def under_some_seeds(arrived: int, seeds: int) -> str:
+    """Say that a gradient arrives now and then."""
+    others = "the other" if seeds - arrived == 1 else "the others"
+    return f"it is intermittent: a gradient arrived under {arrived} of {seeds} seeds, and none under {others}"
+
+
+def say_intermittent(globs: Sequence[str]) -> str:
+    """Say how a gradient that arrives now and then is declared."""
+    if len(globs) > 3:  # noqa: PLR2004 -- as many as a headline names
+        return "if it is meant so, say `gradient: intermittent` in the contract"
+    meant = ", ".join(f'"{printable(glob)}"' for glob in globs)
+    meant = f"[{meant}]" if len(globs) > 1 else meant
+    entry = f'{{"parameters": {meant}, "gradient": "intermittent"}}'
+    return f"if it is meant so, say it in the contract: `{entry}`"
+
+
 def output_of(operation: str, dtype: str) -> str:
     """Say why the output of an operation has no derivative."""
     return f"its output here is of dtype `{dtype}`, which carries no gradient (`{operation}`)"

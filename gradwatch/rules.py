@@ -132,6 +132,19 @@ class ContractEntry(BaseModel):
     )
 
 
+def is_required(entry: ContractEntry | None) -> bool:
+    """Tell whether a gradient has to arrive in every step.
+
+    Args:
+        entry: What the contract says of a parameter; None where it says nothing.
+
+    Example:
+        >>> is_required(None)
+        True
+    """
+    return entry is None or entry.gradient == "required"
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """The facts about one optimizer step that rules look at; its collections do not change later."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytest_plugins = "pytester"
+
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "devices": 1,

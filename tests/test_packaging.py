@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.resources
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -70,6 +71,12 @@ def test_entry_point() -> None:
 
     assert command.value == "gradwatch.cli:main"
     assert callable(command.load())
+
+
+def test_pytest_entry_point() -> None:
+    """The project file tells pytest of the plugin, and the module is there."""
+    assert PROJECT["entry-points"]["pytest11"] == {"gradwatch": "gradwatch.pytest_plugin"}
+    assert importlib.util.find_spec("gradwatch.pytest_plugin") is not None
 
 
 def test_constraints_pin_torch() -> None:

@@ -69,6 +69,13 @@ def test_reading_needs_no_torch(room: str) -> None:
     assert loaded_by(f"import gradwatch.{room}", HEAVY) == []
 
 
+def test_pytest_starts_light() -> None:
+    """The plugin, which pytest loads at every start, loads nothing else of GradWatch, and no torch."""
+    rooms = tuple(f"gradwatch.{room}" for room in (*READING, "testing", "_roots"))
+
+    assert loaded_by("import gradwatch.pytest_plugin", (*HEAVY, "pydantic", *rooms)) == []
+
+
 def test_watching_needs_no_lightning() -> None:
     """``Watcher`` and ``diagnose``, for plain PyTorch, load no Lightning."""
     statement = "from gradwatch import Watcher, diagnose"
