@@ -25,6 +25,7 @@ TORCH := $(VENV)/.torch-installed
 RUN := $(VENV)/.run-installed
 DOCS := $(VENV)/.docs-installed
 DEV := $(VENV)/.dev-installed
+BENCH := $(VENV)/.bench-installed
 
 .PHONY: help
 help:  ## Say what can be made.
@@ -65,6 +66,10 @@ types: $(DEV)  ## Check the types.
 contracts: $(DEV)  ## Check which room imports which.
 	@$(BIN)/lint-imports
 
+.PHONY: bench
+bench: $(BENCH)  ## Measure what watching costs beside other ways; ARGS=--quick for a look.
+	@$(BIN)/python benchmarks/overhead.py $(ARGS)
+
 .PHONY: clean
 clean:  ## Remove the environment, the caches and what the demo wrote.
 	rm -rf $(VENV) runs lightning_logs build dist site htmlcov .coverage .coverage.*
@@ -103,4 +108,9 @@ $(DOCS): $(RUN)
 $(DEV): $(RUN)
 	@echo "Installing the linters and the type checker (half a minute) ..."
 	@$(PIP) install $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(BENCH): $(RUN)
+	@echo "Installing what is measured beside GradWatch (a minute) ..."
+	@$(PIP) install $(PIP_ARGS) -c constraints.txt -e ".[bench]"
 	@touch $@

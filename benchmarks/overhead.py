@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 0.3
 """What a block takes at least, so that the clock's noise does not count."""
-BLOCKS = 7
+BLOCKS = 5
 EVERY = 50
 
 

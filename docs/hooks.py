@@ -133,20 +133,26 @@ def _default(field: dict[str, Any]) -> str:
     return f"`{json.dumps(field['default'])}`" if "default" in field else "needed"
 
 
+_OTHERS = {"GradWatchCallback": "transformers", "assert_gradients": "testing"}
+"""Public names that are imported from a room of their own."""
+
 # The API ----------------------------------------------------------------------------------------------
 
 
 def api() -> str:
     """Return a section for each public name: its signature, its docstring, and what it has."""
-    return "\n\n".join(_section(name) for name in gradwatch.__all__)
+    named = [_section(name, gradwatch._HOMES[name]) for name in gradwatch.__all__]
+    return "\n\n".join([*named, *(_section(name, home) for name, home in _OTHERS.items())])
 
 
-def _section(name: str) -> str:
+def _section(name: str, room: str) -> str:
     """Return the section of one public name."""
-    home = ROOT / "gradwatch" / f"{gradwatch._HOMES[name]}.py"
+    home = ROOT / "gradwatch" / f"{room}.py"
     body = ast.parse(home.read_text()).body
     node = next(n for n in body if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == name)
     parts = [f"## `{name}`"]
+    if name in _OTHERS:
+        parts.append(f"From `gradwatch.{room}`.")
     if isinstance(node, ast.FunctionDef):
         return "\n\n".join([*parts, _signature(name, node), _prose(node)])
     methods = [child for child in node.body if isinstance(child, ast.FunctionDef)]

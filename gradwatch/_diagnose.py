@@ -18,7 +18,7 @@ import torch
 from gradwatch import _frames, _words, explain
 from gradwatch._calls import Kind, Wrapper
 from gradwatch._flow import Cut, Flow, follow
-from gradwatch._graph import Passed, watched_backward
+from gradwatch._graph import Passed, walk, watched_backward
 from gradwatch._record import Op, label_of
 from gradwatch._source import Marks, Use, derived_attributes, wrapping
 from gradwatch._stats import Sensor
@@ -49,6 +49,18 @@ class Finding:
     site: Site | None = None
     operation: str | None = None
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How far a term of the loss reaches."""
+
+    parameters: tuple[str, ...]
+    """Those that its gradient leads to."""
+    in_loss: bool
+    """Whether a loss was computed from it."""
+    cut: Finding | None = None
+    """Where it was cut off, when it reaches none."""
 
 
 class Inspection(BackwardListener):
@@ -150,6 +162,20 @@ class Inspection(BackwardListener):
                     findings[name] = self._explain_origin(name, status)
         sizes = {name: self.parameters[name].numel() for name in findings}
         return grouped(findings, statuses, step, sizes, tuple(self.parameters))
+
+    def reach(self, term: Tensor) -> Reach:
+        """Return which parameters a term of the loss leads to, and where it was cut off if to none."""
+        nodes, _ = walk([term], self.trace.tag)
+        leaves = {node.leaf for node in nodes}
+        reached = tuple(name for name, leaf in self.parameters.items() if id(leaf) in leaves)
+        number = self.trace.number_of(term)
+        roots = [root for backward in self.trace.backwards for root in backward.roots]
+        in_loss = number in follow(self.trace, (), roots).reaching
+        if reached:
+            return Reach(reached, in_loss)
+        flow = follow(self.trace, tuple(self.parameters), [number])
+        cut = next((self._judge(cuts[0]) for cuts in flow.cuts.values() if cuts), None)
+        return Reach((), in_loss, cut)
 
     # Missing --------------------------------------------------------------------------------------
 

@@ -27,6 +27,10 @@ _HOMES = ("torch._dynamo.", "torch.distributed.")
 """Where these wrappers are defined: a container of torch's may hold children of any name."""
 
 
+_TRAINERS = ("accelerate.", "lightning.fabric.", "lightning_fabric.")
+"""Whose wrappers of optimizers keep the one that steps as `optimizer`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Names:
     """The parameters and modules of a model at one moment."""
@@ -73,6 +77,15 @@ def unwrap(module: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return module
         module = inner
+
+
+def innermost(optimizer: Any) -> Any:
+    """Return the optimizer of torch's inside of a trainer's wrapper: it is the one whose hooks run."""
+    while hasattr(optimizer, "optimizer") and any(
+        kind.__module__.startswith(_TRAINERS) for kind in type(optimizer).__mro__
+    ):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -424,6 +424,12 @@ def error_note(kind: str, where: str | None, *facts: str | None) -> str:
     return "\n".join(lines)
 
 
+def term_reaches_nothing(term: str, cause: str | None, at: str | None) -> str:
+    """Say that a term of the loss trains nothing, and where it was cut off."""
+    text = f"the loss term `{printable(term)}` reaches no parameter"
+    return text if cause is None or at is None else f"{text}: `{cause}` at {at}"
+
+
 def cost(own: float, seconds: float) -> str:
     """Say how much of a run was taken by watching it."""
     share = own / seconds if seconds > 0 else 0.0

@@ -204,9 +204,11 @@ class GradWatch(_Bases):
         batch_idx: int,
     ) -> None:
         """End a batch."""
-        del trainer, outputs, batch, batch_idx
-        if self._watcher is not None and not pl_module.automatic_optimization:
-            self._watcher.settle()
+        del trainer, batch, batch_idx
+        if self._watcher is not None:
+            self._watcher.known_terms(outputs)
+            if not pl_module.automatic_optimization:
+                self._watcher.settle()
         self._end_batch()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

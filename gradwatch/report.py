@@ -201,6 +201,8 @@ class Report:
     """Batches before this one in which an optimizer stepped: the x-axis of Lightning's curves."""
     cost: float | None = None
     """Which part of the run so far was taken by watching it, from 0 to 1."""
+    terms: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """For each term of the loss that was named, the parameters that it reaches."""
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
@@ -234,6 +236,7 @@ class Report:
                 "norms": {name: float(value) for name, value in data["norms"].items()},
                 "total_norm": _number(data["total_norm"]),
                 "clipped_norm": _number(data["clipped_norm"]),
+                "terms": {name: tuple(reached) for name, reached in data.get("terms", {}).items()},
                 "aliases": {name: tuple(names) for name, names in data["aliases"].items()},
                 "diagnoses": tuple(_diagnosis(entry) for entry in data["diagnoses"]),
                 "alerts": tuple(_alert(entry) for entry in data["alerts"]),

@@ -13,10 +13,12 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
+from torch import Tensor
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -24,10 +26,10 @@ from torch.optim.optimizer import (
 
 from gradwatch import _words, explain
 from gradwatch._cost import Cost
-from gradwatch._diagnose import Inspection, not_in_optimizer, undetermined
+from gradwatch._diagnose import Finding, Inspection, not_in_optimizer, undetermined
 from gradwatch._distributed import Exchange, Group, is_flattened
 from gradwatch._ledger import Facts, Ledger
-from gradwatch._names import Owners, checked, is_compiled, names_of
+from gradwatch._names import Owners, checked, innermost, is_compiled, names_of
 from gradwatch._raised import add_note
 from gradwatch._stats import Sensor, is_deepspeed, is_hidden, is_searching, scale_left
 from gradwatch.config import Config, load_config
@@ -39,7 +41,7 @@ from gradwatch.sinks.standard import standard_sinks
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
 
     from torch import nn
@@ -189,6 +191,9 @@ class Watcher:
         self._stepped = False
         self._written: set[str] = set()
         self._last: tuple[int, int] | None = None
+        self._terms: dict[str, tuple[str, ...]] = {}
+        self._dead_terms: dict[str, str] = {}
+        self._said_terms: set[str] = set()
         self._judge: Judge | None = None
 
     @property
@@ -320,6 +325,75 @@ class Watcher:
             self._said_outside = True
             _log.warning(_words.OUTSIDE)
 
+    def loss_terms(self, **terms: Any) -> None:
+        """Find out which parameters each term of the loss reaches; one that reaches none is a finding.
+
+        Args:
+            terms: The terms by name, as tensors; called before ``backward()``.
+
+        Cost:
+            Nothing but in a traced step, and there one visit for each node of the terms' graphs.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(2, 1)
+            >>> with Watcher(model) as watcher, watcher.step():
+            ...     out = model(torch.ones(1, 2)).sum()
+            ...     watcher.loss_terms(fit=out, penalty=out.detach() ** 2)
+            ...     out.backward()
+            >>> watcher.report.terms
+            {'fit': ('weight', 'bias'), 'penalty': ()}
+        """
+        self._know_terms(terms, meant=True)
+
+    def known_terms(self, found: Any) -> None:
+        """Do the same with what was not said to be terms: only what went into the loss is one.
+
+        Args:
+            found: What a training step returned.
+        """
+        if isinstance(found, Mapping) and self._inspection is not None:
+            scalars = {
+                str(name): value
+                for name, value in found.items()
+                if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
+            }
+            self._know_terms({n: v for n, v in scalars.items() if n != "loss"}, meant=False)
+
+    @_harmless
+    def _know_terms(self, terms: Mapping[str, Any], *, meant: bool) -> None:
+        inspection = self._inspection
+        if inspection is None:
+            return
+        with inspection.trace.paused():
+            for name, term in terms.items():
+                cut = None
+                if isinstance(term, Tensor):
+                    reach = inspection.reach(term)
+                    if not (meant or reach.in_loss):
+                        continue
+                    self._terms[name], cut = reach.parameters, reach.cut
+                else:
+                    self._terms[name] = ()
+                if not self._terms[name] and name not in self._dead_terms:
+                    self._dead_terms[name] = _words.term_reaches_nothing(name, *_place_of(cut))
+
+    def _term_alerts(self, step: int) -> tuple[Alert, ...]:
+        """Return what is to be said of terms that reach nothing, once."""
+        new = [text for text in self._dead_terms.values() if text not in self._said_terms]
+        self._said_terms.update(new)
+        return tuple(
+            Alert("loss_terms", Action.WARN, (), None, None, 1, step, message=text) for text in new
+        )
+
+    def _say_terms(self) -> None:
+        """Report the terms that were learned of when the step had been judged."""
+        report = replace(self.report, terms=dict(self._terms))
+        alerts = self._term_alerts(report.step)
+        if alerts:
+            self._write(replace(report, alerts=(*report.alerts, *alerts)))
+        self.report = report
+
     @_harmless
     def settle(self) -> None:
         """Keep what accumulates for a step to come, and forget what ``zero_grad`` did after one."""
@@ -355,7 +429,7 @@ class Watcher:
             compiled: Whether the whole step is compiled, which the model itself does not show.
         """
         self._cost = Cost()
-        self._optimizers = tuple(optimizers)
+        self._optimizers = _as_optimizers(optimizers)
         self._complete = bool(self._optimizers)
         self._scaler = scaler if scaler is not None else self._scaler
         if clips:
@@ -545,6 +619,8 @@ class Watcher:
 
     def _finish_batch(self) -> None:
         self._cost.end_batch(traced=self._inspection is not None)
+        if self._terms:
+            self._say_terms()
         if self._inspection is not None:
             self._inspection.leave()
             if self._stepped:
@@ -696,6 +772,7 @@ class Watcher:
             self._unshared += found
         self._ledger.add(found)
         self._plan(facts)
+        alerts += self._term_alerts(self._steps)
         if not (logged or alerts or healed or found):
             return None
         return Report(
@@ -710,6 +787,7 @@ class Watcher:
             alerts=alerts,
             batch=self._batches,
             cost=self._cost.share,
+            terms=dict(self._terms),
         )
 
     @property
@@ -872,6 +950,13 @@ class Watcher:
         )
 
 
+def _place_of(cut: Finding | None) -> tuple[str | None, str | None]:
+    """Return the cause and the place of a cut, as words."""
+    if cut is None or cut.site is None:
+        return None, None
+    return str(cut.cause), _words.place(cut.site)
+
+
 def _has_closure(args: Any, kwargs: Mapping[str, Any]) -> bool:
     """Tell whether an optimizer's step was given a closure; the first argument is the optimizer."""
     return len(args) > 1 or kwargs.get("closure") is not None
@@ -879,7 +964,8 @@ def _has_closure(args: Any, kwargs: Mapping[str, Any]) -> bool:
 
 def _as_optimizers(given: Any) -> tuple[Any, ...]:
     """Return the optimizers that were given, also where that is a single one."""
-    return (given,) if hasattr(given, "param_groups") else tuple(given)
+    several = (given,) if hasattr(given, "param_groups") else tuple(given)
+    return tuple(map(innermost, several))
 
 
 def _alert_error(report: Report, names: Iterable[str]) -> GradientAlertError:

@@ -31,11 +31,14 @@ if TYPE_CHECKING:
 MODELS = [Condition, ContractEntry, LogConfig, Rule, TensorBoardConfig, WatchConfig]
 OWN_WORDS = ["param.grad is None", "loss is nan", "A layer gets a gradient of zero"]
 """Headings that no error of torch's says."""
+ELSEWHERE = {"check", "testing"}
+"""Pages that the tests of what they are about play."""
 each_page = pytest.mark.parametrize(
     "page",
     [
         pytest.param(page, marks=[pytest.mark.distributed] if page.stem == "distributed" else [])
         for page in PAGES
+        if page.stem not in ELSEWHERE
     ],
     ids=lambda page: page.stem if page.parent == DOCS else f"{page.parent.name}/{page.stem}",
 )

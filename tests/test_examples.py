@@ -178,3 +178,29 @@ def test_cli_typo(tmp_path: Path) -> None:
 
     assert done.status == 2
     assert "for_step" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("example", "sick", "wrong", "right"),
+    [
+        (
+            "plain_pytorch",
+            ["loss_terms"],
+            "drawing reaches 8 of 8 parameters\nspread reaches 0 of 8 parameters\n",
+            "drawing reaches 8 of 8 parameters\nspread reaches 4 of 8 parameters\n",
+        ),
+        ("fabric", ["left_torch", "disconnected"], "findings: 1\n", "findings: 0\n"),
+        ("transformers_trainer", ["left_torch", "disconnected"], "findings: 1\n", "findings: 0\n"),
+    ],
+)
+def test_other_loops(example: str, sick: list[str], wrong: str, right: str, tmp_path: Path):
+    """Loops that are not Lightning's are told what is wrong, and nothing once it is mended."""
+    script = ROOT / "examples" / f"{example}.py"
+    spoilt, fixed = run(script, cwd=tmp_path), run(script, "--fixed", cwd=tmp_path)
+
+    assert (spoilt.status, fixed.status) == (0, 0)
+    assert re.findall(r"^(?:note|warning|error)\[(\w+)\]", spoilt.stderr, re.MULTILINE) == sick
+    assert re.findall(r"^(?:note|warning|error)\[(\w+)\]", fixed.stderr, re.MULTILINE) == []
+    assert spoilt.stdout.endswith(wrong)
+    assert fixed.stdout.endswith(right)
