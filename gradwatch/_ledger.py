@@ -8,6 +8,7 @@ Limits: zeros and non-finite values are known on measured steps only, and so is 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cached_property
 from operator import attrgetter
@@ -57,7 +58,36 @@ class Facts:
         if absent:
             gradients = {name: g for name, g in gradients.items() if name not in absent}
         gradients = {name: gradient for name, gradient in gradients.items() if gradient is not None}
-        self.stats = measure(gradients, scales, total)
+        self._take(measure(gradients, scales, total), parameters)
+
+    def before_clipping(
+        self,
+        early: GradStats | None,
+        parameters: Mapping[str, Tensor],
+        owned: Iterable[str],
+    ) -> float | None:
+        """Go back to norms that were taken before the gradients were clipped, if they were.
+
+        Args:
+            early: What was measured of all gradients right after the backward pass, if anything was.
+            parameters: The parameters of this step.
+            owned: Those that the optimizer holds, which alone are clipped.
+
+        Returns:
+            Their total norm after clipping; None where nothing was clipped.
+        """
+        norms = {n: early.norms[n] for n in self.stats.norms if n in early.norms} if early else {}
+        total = math.hypot(*norms.values())
+        incomplete = len(norms) < len(self.stats.norms)
+        if early is None or incomplete or not _is_less(self.stats.total, total):
+            return None
+        clipped = math.hypot(*(self.stats.norms.get(name, 0.0) for name in owned))
+        zero, nonfinite = early.zero & norms.keys(), early.nonfinite & norms.keys()
+        self._take(GradStats(norms, zero, nonfinite, total), parameters)
+        return clipped
+
+    def _take(self, stats: GradStats, parameters: Iterable[str]) -> None:
+        self.stats = stats
         self.measured = True
         self.statuses = self.complete(parameters)
         found = self.not_ok
@@ -85,6 +115,11 @@ class Facts:
         statuses = dict.fromkeys(covered, Status.OK)
         statuses.update((n, status) for n, status in self.not_ok.items() if n in statuses)
         return statuses
+
+
+def _is_less(clipped: float, total: float) -> bool:
+    """Tell whether clipping made a norm less; one that is not finite makes all others NaN."""
+    return clipped < total * (1 - 1e-6) or (math.isnan(clipped) and not math.isnan(total))
 
 
 class Ledger:

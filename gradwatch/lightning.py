@@ -142,9 +142,13 @@ class GradWatch(_Bases):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the run: now the optimizers exist."""
         if self._watcher is not None:
+            ours = [c for c in getattr(trainer, "callbacks", ()) if isinstance(c, GradWatch)]
             self._watcher.begin(
                 trainer.optimizers,
                 loggers=trainer.loggers,
+                name=self._name,
+                first=not ours or ours[0] is self,
+                by_hand=not pl_module.automatic_optimization,
                 writes=trainer.is_global_zero,
                 scaler=getattr(trainer, "scaler", None),
                 # Private: set where `fit` was given a compiled module, which it unwraps.

@@ -34,7 +34,7 @@ from gradwatch._raised import add_note
 from gradwatch._stats import Sensor, is_deepspeed, is_hidden, is_searching, scale_left
 from gradwatch.config import Config, load_config
 from gradwatch.errors import DisconnectedParameterError, GradientAlertError, GradWatchError
-from gradwatch.report import Action, Alert, Cause, Diagnosis, Report, Status
+from gradwatch.report import Action, Alert, Cause, Diagnosis, GradStats, Report, Status
 from gradwatch.rules import Judge, Observation, worst
 from gradwatch.sinks.console import ConsoleSink
 from gradwatch.sinks.standard import standard_sinks
@@ -130,6 +130,9 @@ class Watcher:
 
     # What ``begin()`` sets.
     _clips = False
+    _by_hand = False
+    _early: GradStats | None = None
+    """What was measured before the user could clip."""
     _compiled = False
     _writes = True
     _maker: Callable[..., Any] | None = None
@@ -304,7 +307,7 @@ class Watcher:
         Raises:
             GradientAlertError: A rule with ``action: abort`` fired.
         """
-        self.after_backward()
+        self.after_backward(seen=False)
         self.before_step(optimizer, step=step, seen=False)
 
     @_harmless
@@ -414,6 +417,9 @@ class Watcher:
         compiled: bool = False,
         maker: Callable[..., Any] | None = None,
         around: nn.Module | None = None,
+        name: str | None = None,
+        first: bool = True,
+        by_hand: bool = False,
     ) -> None:
         """Begin the run, once optimizers and loggers exist.
 
@@ -427,6 +433,9 @@ class Watcher:
             around: What the trainer has wrapped the model in: DDP, say.
             maker: The function of the user's that makes the optimizers, to say where they are made.
             compiled: Whether the whole step is compiled, which the model itself does not show.
+            name: What tells the cards of this watcher from those of another one in the same run.
+            first: Whether this is the one of them that writes the history.
+            by_hand: Whether the user may clip gradients between ``after_backward()`` and ``before_step()``.
         """
         self._cost = Cost()
         self._optimizers = _as_optimizers(optimizers)
@@ -437,7 +446,7 @@ class Watcher:
             for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook):
                 self._plain.callback(register(self._after_clipping).remove)
         self._every = self.config.log.every_n_steps or max(every_n_steps, 1)
-        self._clips = clips
+        self._clips, self._by_hand = clips, by_hand
         self._maker = maker
         self._group = Group.of(self._model, around)
         self._writes = writes if writes is not None else not (self._group and self._group.rank)
@@ -456,7 +465,8 @@ class Watcher:
                 loggers=loggers,
                 log_dir=self._log_dir,
                 jsonl=self.config.log.jsonl,
-                prefix=self.config.tensorboard.prefix,
+                prefix="_".join(filter(None, [self.config.tensorboard.prefix, name])),
+                history=first,
                 scalars=self.config.tensorboard.scalars,
             )
         self._sinks += self._given_sinks
@@ -499,12 +509,26 @@ class Watcher:
         self._sensor.before()
 
     @_harmless
-    def after_backward(self) -> None:
-        """Note that a backward pass has ended."""
+    def after_backward(self, *, seen: bool = True) -> None:
+        """Note that a backward pass has ended.
+
+        Args:
+            seen: Whether that is just now, and not at some time before.
+        """
         self._sensor.after()
         self._backwards += 1
+        if seen and self._by_hand and self._is_logged and not (self._group and self._group.sharded):
+            self._measure_early()
         if self._group is not None and self._group.needs_every_gradient():
             self._check_ddp(self._group)
+
+    def _measure_early(self) -> None:
+        """Take the norms right after a backward pass, before the user can clip them."""
+        facts = Facts([], list, [])
+        with nullcontext() if self._inspection is None else self._inspection.trace.paused():
+            names = tuple(self._names.parameters)
+            facts.measure(self._names.parameters, self._scales(names, None))
+        self._early = facts.stats
 
     def _check_ddp(self, group: Group) -> None:
         """Say at once what DDP will fail over, before it does, and without asking other processes."""
@@ -631,6 +655,7 @@ class Watcher:
         if self._stepped:
             logged = self._is_logged
             self._stepped = False  # an adapter may end a batch again
+            self._early = None
             self._backwards = 0
             self._batches += 1
             for sink in self._sinks:
@@ -738,6 +763,7 @@ class Watcher:
 
     def _judged_aside(self, covered: tuple[str, ...], optimizer: Any) -> Report | None:
         logged = self._is_logged
+        clipped: float | None = None
         exchange = self._exchange()
         facts = self._facts(covered)
         if exchange is not None:
@@ -748,6 +774,9 @@ class Watcher:
             if len(covered) < len(parameters):
                 parameters = {name: parameters[name] for name in covered}
             facts.measure(parameters, self._scales(covered, optimizer), total)
+            if logged and self._early is not None:
+                owned = self._owners.owned(optimizer)
+                clipped = facts.before_clipping(self._early, parameters, owned)
         searching = bool(facts.stats.nonfinite) and is_searching(self._scaler)
         if searching:
             facts.bad = [n for n in facts.bad if facts.statuses[n] is not Status.NONFINITE]
@@ -782,6 +811,7 @@ class Watcher:
             statuses=facts.complete(covered),
             norms=facts.stats.norms if logged else {},
             total_norm=facts.stats.total if logged else None,
+            clipped_norm=clipped,
             aliases=self._names.aliases,
             diagnoses=(*self._ledger.holding, *healed),
             alerts=alerts,

@@ -258,3 +258,55 @@ def test_a_failure_before_the_run_began_is_a_log_record(caplog: pytest.LogCaptur
 
     said = [record.getMessage() for record in caplog.records if record.name == "gradwatch"]
     assert said == ["the other ranks could not be told"]
+
+
+SPAWNED = """
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from gradwatch import GradWatch
+
+
+class Net(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        return (self.left(batch) + self.right(batch).detach()).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+if __name__ == "__main__":
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy="ddp_spawn_find_unused_parameters_true", max_epochs=1,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[GradWatch()],
+    )
+    trainer.fit(Net(), DataLoader(torch.ones(8, 2)))
+    print("trained", trainer.state.finished)
+"""
+
+
+@pytest.mark.slow
+def test_spawned_processes_are_watched(tmp_path: Path):
+    """Under ``ddp_spawn`` the callback travels to the processes, and the first of them names the line."""
+    script = tmp_path / "spawned.py"
+    script.write_text(SPAWNED)
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, script],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+
+    assert done.stdout.strip().endswith("trained True"), done.stderr
+    assert done.stderr.count("warning[detached]: `right.*` get no gradient") == 1
+    assert done.stderr.count("spawned.py:16 in Net.training_step") == 1

@@ -20,6 +20,7 @@ from gradwatch import (
     GradWatch,
     Report,
     Status,
+    read_history,
 )
 from gradwatch.sinks import MemorySink
 from tests.conftest import QUIET
@@ -438,6 +439,26 @@ def test_two_callbacks_with_names_share_a_trainer(pl: Any):
     assert sorted(saved) == ["GradWatch:first", "GradWatch:second"]
     assert found(first) == found(second) == [(Cause.DETACHED, (a("left"),))]
     assert (first.report.alerts, len(second.report.alerts)) == ((), 1)
+
+
+def test_two_callbacks_share_a_logger(pl: Any, tmp_path: Path):
+    """Two callbacks on one TensorBoard logger each write cards of their own, and the first the history."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = importlib.import_module(f"{pl.__name__}.loggers")
+    callbacks = [GradWatch(PATIENT, name="first"), GradWatch(PATIENT, name="second")]
+    logger = loggers.TensorBoardLogger(tmp_path, name="", version="")
+    model = made(pl, Detached, "left", "right")
+    fit(pl, model, callbacks[0], callbacks=callbacks, logger=logger, log_every_n_steps=1)
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    for name in ("first", "second"):
+        card = [s.step for s in events.Scalars(f"gradwatch_{name}/params_missing")]
+        assert card == list(range(len(card)))
+        assert card
+    history = read_history(tmp_path)
+    assert history.batches.tolist() == list(range(len(history.batches)))
 
 
 def test_two_callbacks_without_names_are_refused(pl: Any):

@@ -156,3 +156,47 @@ def test_the_clipped_norm_is_unscaled_too(pl: Any):
     _, reports = run(pl, (torch.optim.SGD,), scale=1024.0, gradient_clip_val=0.01)
 
     assert [report.clipped_norm for report in reports] == pytest.approx([0.01] * 2, rel=1e-3)
+
+
+class ByHand(Net):
+    """Optimizes by hand, and clips before it steps, or does not."""
+
+    def __init__(self, limit: float | None, between: bool = False) -> None:  # noqa: FBT001, FBT002
+        super().__init__()
+        self.limit, self.between = limit, between
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        lit: Any = self
+        optimizer = lit.optimizers()
+        optimizer.zero_grad()
+        lit.manual_backward(super().training_step(batch, batch_idx))
+        if self.limit is not None:
+            lit.clip_gradients(optimizer, self.limit, "norm")
+        optimizer.step()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1024.0])
+def test_clipping_by_hand_is_told_from_the_gradients_themselves(pl: Any, scale: float):
+    """In manual optimization norms are those before the user's clipping, and the total after it is told."""
+
+    def trained(limit: float | None) -> list[Report]:
+        sink = MemorySink()
+        net = type("Lit", (ByHand, pl.LightningModule), {})(limit)
+        options: dict[str, Any] = {}
+        if scale:
+            plugin = importlib.import_module(f"{pl.__name__}.plugins").MixedPrecision
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            options["plugins"] = [plugin("16-mixed", "cpu", scaler)]
+        torch.manual_seed(1)
+        data: Any = DataLoader(torch.randn(1, 4), batch_size=1)  # type: ignore[arg-type]
+        callback = GradWatch(every_n_steps=1, sinks=[sink])
+        pl.Trainer(**QUIET | {"callbacks": [callback]} | options).fit(net, data)
+        return sink.reports
+
+    (free,), (clipped,) = trained(None), trained(1e-4)
+
+    assert clipped.norms == pytest.approx(free.norms, rel=1e-3)
+    assert clipped.total_norm == pytest.approx(free.total_norm, rel=1e-3)
+    assert free.clipped_norm is None
+    assert clipped.clipped_norm == pytest.approx(1e-4 / (scale or 1.0), rel=1e-2)

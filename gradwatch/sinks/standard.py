@@ -31,6 +31,7 @@ def standard_sinks(
     jsonl: str | None = None,
     prefix: str = "gradwatch",
     scalars: str | Sequence[str] = "auto",
+    history: bool = True,
 ) -> list[Sink]:
     """Return the sinks of a run.
 
@@ -41,6 +42,7 @@ def standard_sinks(
         jsonl: File that gets every report as one JSON line.
         prefix: First part of every tag.
         scalars: Parameters with scalars of their own in TensorBoard.
+        history: Whether the history is written too, which can only be once in an event file.
 
     Raises:
         ConfigError: ``jsonl`` cannot be written.
@@ -53,7 +55,7 @@ def standard_sinks(
         _log.info("%s", links(log_dir, prefix))
     for logger in loggers:
         if _is_tensorboard(logger):
-            sinks.append(TensorBoardSink(logger.experiment, prefix, scalars))
+            sinks.append(TensorBoardSink(logger.experiment, prefix, scalars, history=history))
             _log.info("%s", links(getattr(logger, "log_dir", "."), prefix))
         else:
             sinks.append(LoggerSink(logger, prefix))

@@ -47,6 +47,7 @@ class TensorBoardSink:
         prefix: The group of the cards; curves per parameter go to ``{prefix}_params``.
         scalars: Which parameters get curves of their own: ``auto`` (all, while they are at most 100),
             ``always``, ``never``, or globs over their names.
+        history: Whether the history of all parameters is written too: once in an event file.
         clock: Seconds that only go up, by which the map and the counts of the report are held to one
             drawing a minute.
 
@@ -70,6 +71,7 @@ class TensorBoardSink:
         prefix: str = "gradwatch",
         scalars: str | Iterable[str] = "auto",
         *,
+        history: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._writer = writer
@@ -78,7 +80,7 @@ class TensorBoardSink:
         self._batches = Batches()
         self._map = _Drawing(clock)
         self._page = _Page(clock)
-        self._history = Recorder(clock)
+        self._history = Recorder(clock) if history else None
         self._batch = 0
         self._statuses: dict[str, Status] = {}
 
@@ -97,7 +99,8 @@ class TensorBoardSink:
             return
         self._add_values(self._map.batch, [], self._map.last())
         self._add_text(self._page.last())
-        self._add_history(self._history.flush())
+        if self._history is not None:
+            self._add_history(self._history.flush())
         self._writer.flush()
 
     def _record(self, record: Record | None) -> None:
@@ -111,6 +114,8 @@ class TensorBoardSink:
         self._add_values(report.batch, values, self._map.add(report))
         self._add_text(self._page.add(report, self._statuses))
         self._batch = report.batch
+        if self._history is None:
+            return
         if report.logged:
             due = self._history.add(report.batch, report.step, report.statuses, report.norms)
             self._add_history(due)
