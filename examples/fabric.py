@@ -3,12 +3,16 @@
     python examples/fabric.py             one branch trains nothing
     python examples/fabric.py --fixed
 
+    gradwatch check examples.fabric:spoilt    one step, without training
+    gradwatch check examples.fabric:fixed
+
 The data are scikit-learn's digits: 1,797 images of 8 x 8 pixels, which come with the package.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +22,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradwatch import Watcher
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Branches(nn.Module):
@@ -35,6 +42,20 @@ class Branches(nn.Module):
         rows = rows if self.fixed else torch.tensor(rows.tolist())  # once, to print them
         out: Tensor = self.digit(torch.cat([self.pixels(images), rows], dim=1))
         return out
+
+
+def spoilt() -> tuple[Branches, Callable[[], Tensor]]:
+    """Return the model with the mistake and what gives its loss, for ``gradwatch check``."""
+    return one_step(Branches(fixed=False))
+
+
+def fixed() -> tuple[Branches, Callable[[], Tensor]]:
+    """Return the model without the mistake."""
+    return one_step(Branches(fixed=True))
+
+
+def one_step(model: Branches) -> tuple[Branches, Callable[[], Tensor]]:
+    return model, lambda: F.cross_entropy(model(torch.rand(8, 64)), torch.arange(8))
 
 
 def main() -> None:

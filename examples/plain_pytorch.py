@@ -3,6 +3,8 @@
     python examples/plain_pytorch.py             what is wrong, and where
     python examples/plain_pytorch.py --fixed
 
+    gradwatch check examples.plain_pytorch:fixed    one step, without training
+
 The data are scikit-learn's digits: 1,797 images of 8 x 8 pixels, which come with the package.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from gradwatch import Watcher
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "default.yaml"
 
@@ -58,10 +64,10 @@ def train(model: Autoencoder, images: Tensor, log_dir: str | None, epochs: int =
     return watcher
 
 
-def factory() -> tuple[Autoencoder, object]:
-    """Return a model and a closure that gives its loss, for ``gradwatch check``."""
+def fixed() -> tuple[Autoencoder, Callable[[], Tensor]]:
+    """Return the model without the mistake and what gives its loss, for ``gradwatch check``."""
     model = Autoencoder(fixed=True)
-    return model, lambda: sum(model(torch.rand(8, 64)))
+    return model, lambda: torch.stack(model(torch.rand(8, 64))).sum()
 
 
 def main() -> None:

@@ -1,7 +1,10 @@
 """Train a tiny language model of transformers with its own Trainer, with and without a mistake.
 
-    python examples/transformers_trainer.py             the second of three heads trains nothing
+    python examples/transformers_trainer.py             the second head trains nothing
     python examples/transformers_trainer.py --fixed
+
+    gradwatch check examples.transformers_trainer:spoilt    one step, without training
+    gradwatch check examples.transformers_trainer:fixed
 
 The text is the description of the digits that comes with scikit-learn; the model has random weights, so that
 nothing is downloaded.
@@ -11,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -21,6 +24,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from gradwatch.transformers import GradWatchCallback
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LENGTH = 32
 
@@ -63,12 +69,7 @@ class WithVowels(GPT2LMHeadModel):
         return out
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--fixed", action="store_true", help="without the mistake")
-    arguments = parser.parse_args()
-    set_seed(0)
-    logging.set_verbosity_error()
+def made(*, joined: bool) -> tuple[WithVowels, Characters]:
     data = Characters(load_digits().DESCR)
     vowels = torch.tensor([i for i, letter in enumerate(data.alphabet) if letter in "aeiou"])
     config = GPT2Config(
@@ -81,7 +82,32 @@ def main() -> None:
         eos_token_id=0,
     )
     model = WithVowels(config, vowels)
-    model.joined = arguments.fixed
+    model.joined = joined
+    return model, data
+
+
+def spoilt() -> tuple[WithVowels, Callable[[], Tensor]]:
+    """Return the model with the mistake and what gives its loss, for ``gradwatch check``."""
+    return one_step(*made(joined=False))
+
+
+def fixed() -> tuple[WithVowels, Callable[[], Tensor]]:
+    """Return the model without the mistake."""
+    return one_step(*made(joined=True))
+
+
+def one_step(model: WithVowels, data: Characters) -> tuple[WithVowels, Callable[[], Tensor]]:
+    batch = {name: piece[None] for name, piece in data[0].items()}
+    return model, lambda: model(**batch).loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--fixed", action="store_true", help="without the mistake")
+    arguments = parser.parse_args()
+    set_seed(0)
+    logging.set_verbosity_error()
+    model, data = made(joined=arguments.fixed)
     callback = GradWatchCallback(for_steps=5)
     options = TrainingArguments(
         tempfile.mkdtemp(),

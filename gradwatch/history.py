@@ -13,6 +13,7 @@ not here; the JSON lines file has exact norms.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import time
@@ -43,6 +44,8 @@ NO_NORM, TINY, HUGE = 0, 1, 255
 LOWEST, HIGHEST = -12.0, 8.0
 """The log10 of norms that have a byte of their own; smaller ones are `TINY`, larger or NaN `HUGE`."""
 _SCALE = (HUGE - 2 - TINY) / (HIGHEST - LOWEST)
+_SLOPE = np.float32(_SCALE / math.log(10))
+_OFFSET = np.float32(TINY + 1.5 - LOWEST * _SCALE)
 _HEAD = struct.Struct("<2sBxiII")
 _RECORDS = 32
 _SECONDS = 10.0
@@ -85,12 +88,13 @@ def quantized(norms: NDArray[np.float64]) -> NDArray[np.uint8]:
         >>> quantized(np.array([0.0, 1.0, np.inf])).tolist()
         [1, 153, 255]
     """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log10(norms)
-        scaled = np.rint((logs - LOWEST) * _SCALE) + (TINY + 1)
-    # NaN, which stays NaN in a clip, counts as huge.
-    inside = np.where(scaled < HUGE, np.maximum(scaled, TINY), HUGE)
-    found: NDArray[np.uint8] = inside.astype(np.uint8)
+    with np.errstate(all="ignore"):
+        scaled = np.log(norms.astype(np.float32))  # half the time of log10 in float64
+        scaled *= _SLOPE
+        scaled += _OFFSET
+    np.maximum(scaled, TINY, out=scaled)
+    # NaN, which stays NaN in a maximum, counts as huge.
+    found: NDArray[np.uint8] = np.where(scaled < HUGE, scaled, HUGE).astype(np.uint8)
     return found
 
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+from gradwatch.cli import main
+
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "examples" / "digits.py"
 CLI = ROOT / "examples" / "cli.py"
@@ -204,3 +206,28 @@ def test_other_loops(example: str, sick: list[str], wrong: str, right: str, tmp_
     assert re.findall(r"^(?:note|warning|error)\[(\w+)\]", fixed.stderr, re.MULTILINE) == []
     assert spoilt.stdout.endswith(wrong)
     assert fixed.stdout.endswith(right)
+
+
+@pytest.mark.parametrize(
+    ("factory", "status", "finding"),
+    [
+        ("plain_pytorch:fixed", 0, []),
+        ("fabric:spoilt", 1, ["left_torch"]),
+        ("fabric:fixed", 0, []),
+        ("transformers_trainer:spoilt", 1, ["left_torch"]),
+        ("transformers_trainer:fixed", 0, []),
+    ],
+)
+def test_check(
+    factory: str,
+    status: int,
+    finding: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """`gradwatch check` finds in one step of each example what is wrong with it, and nothing once mended."""
+    monkeypatch.chdir(ROOT)
+
+    assert main(["check", f"examples.{factory}"]) == status
+    said = re.findall(r"^(?:warning|error)\[(\w+)\]", capsys.readouterr().out, re.MULTILINE)
+    assert said == finding
