@@ -32,9 +32,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 0.3
+SECONDS = 0.05
 """What a block takes at least, so that the clock's noise does not count."""
-BLOCKS = 5
+BUDGET = 6.0
+"""Seconds for the blocks of one way on one model, as far as that makes sense."""
+FEWEST, MOST = 5, 60
+"""Pairs of blocks: many short ones see less of what else the machine does."""
 EVERY = 50
 
 
@@ -301,14 +304,18 @@ def written(way: Way) -> int:
     return sum(path.stat().st_size for path in Path(way.folder).rglob("*") if path.is_file())
 
 
-def row(label: str, kind: type[Way], make: Callable[[], nn.Module], blocks: int) -> dict[str, Any]:
+def row(
+    label: str, kind: type[Way], make: Callable[[], nn.Module], *, quick: bool
+) -> dict[str, Any]:
     """Measure one way on one model."""
     torch.manual_seed(0)
     bare, way = Way(make()), kind(make())
     # The first steps warm up, and GradWatch traces one of them.
-    block(bare, 3)
+    both = block(bare, 3)
     took = block(way, 3)
     steps = max(1, round(SECONDS * 1e3 / took / way.whole)) * way.whole
+    fitting = int(BUDGET * 1e3 / ((took + both) * steps))
+    blocks = 1 if quick else min(max(fitting, FEWEST), MOST)
     pairs = [(block(bare, steps), block(way, steps)) for _ in range(blocks)]
     added_kernels = kernels(way) - kernels(bare)
     way.stack.close()
@@ -326,12 +333,12 @@ def row(label: str, kind: type[Way], make: Callable[[], nn.Module], blocks: int)
     }
 
 
-def rows(blocks: int) -> Iterator[dict[str, Any]]:
+def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
     """Measure every way that can be had on every model."""
     for name, make in MODELS.items():
         for label, kind in WAYS.items():
             if kind.needs is None or importlib.util.find_spec(kind.needs) is not None:
-                yield {"model": name} | row(label, kind, make, blocks)
+                yield {"model": name} | row(label, kind, make, quick=quick)
 
 
 # Showing --------------------------------------------------------------------------------------------------
@@ -391,11 +398,11 @@ def main() -> None:
     torch.set_num_threads(1)
     console = Console()
     found = []
-    for entry in rows(1 if arguments.quick else BLOCKS):
+    for entry in rows(quick=arguments.quick):
         console.print(f"{entry['model']}: {entry['way']}: {entry['added_ms']} ms", markup=False)
         found.append(entry)
     versions = f"torch {torch.__version__}, Python {sys.version.split()[0]}, one thread"
-    text = f"{versions}; {BLOCKS} pairs of blocks, the median difference.\n\n{markdown(found)}"
+    text = f"{versions}; the median difference of paired blocks.\n\n{markdown(found)}"
     (arguments.out / "img").mkdir(parents=True, exist_ok=True)
     (arguments.out / "cost_table.md").write_text(text)
     (arguments.out / "cost_table.json").write_text(json.dumps(found, indent=1) + "\n")

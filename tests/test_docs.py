@@ -186,7 +186,10 @@ def test_every_public_name_is_in_the_api() -> None:
     """The API has a section for each public name, in order, and what is written of it there."""
     text = hooks.api()
 
-    assert re.findall(r"^## `(\w+)`$", text, re.MULTILINE) == gradwatch.__all__
+    assert re.findall(r"^## `(\w+)`$", text, re.MULTILINE) == [
+        *gradwatch.__all__,
+        *hooks._OTHERS,
+    ]
     assert "- `every_n_steps`: Steps between measurements of norms; None takes" in text
     assert "`UNSEEN = 'unseen'`: Gradients cannot be seen here" in text
     assert "- `should_stop`: Whether a rule with `action: stop` has fired" in text

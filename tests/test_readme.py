@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -133,3 +134,15 @@ def test_links() -> None:
 
     assert links
     assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_costs_are_those_measured() -> None:
+    """Each share in the table of costs is the one that the benchmark has written down."""
+    measured = json.loads((ROOT / "docs" / "cost_table.json").read_text())
+    shares = {(e["way"], e["model"]): f"{e['share']:.1%}" for e in measured}
+    section = TEXT.partition("## What it costs\n")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    (_, *models), *told = rows
+    assert len(told) >= 3
+    for way, *cells in told:
+        assert cells == [shares[way, model.removeprefix("a ")] for model in models]
