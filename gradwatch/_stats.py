@@ -53,6 +53,8 @@ class Sensor:
         self._everyone = frozenset(range(len(self.names)))
         self._arrived: frozenset[int] = frozenset()
         self._latest: frozenset[int] = frozenset()
+        self._sure: frozenset[int] = frozenset()
+        """Those of them that arrived as another object, and not as a higher version of the same one."""
         self._held: _Held | None = None
         """What was there when the backward pass began that is not over, or not looked at yet."""
         self._first: _Held | None = None
@@ -134,14 +136,10 @@ class Sensor:
         Another object in ``.grad`` has come since; a higher version may be what ``zero_grad`` did.
         """
         gradients = self._gradients()
-        if self._held is not None:
-            chosen = self._positions(names)
-            self._arrived = (self._arrived - chosen) | (self._held.replaced(gradients) & chosen)
-            if chosen != self._everyone:
-                self._is_over = True
-                kept = self._arrived & chosen
-                self._look(gradients)
-                self._arrived = (self._arrived - chosen) | kept
+        self._is_over = self._held is not None
+        self._look(gradients)
+        chosen = self._positions(names)
+        self._arrived = (self._arrived - chosen) | (self._sure & chosen)
         self._held, self._is_over, self._first = None, False, None
         self._clears = False not in _nones(gradients)
 
@@ -166,7 +164,9 @@ class Sensor:
     def restart(self, names: Collection[str]) -> None:
         """Begin a new step for the parameters of one optimizer."""
         self._first = None
-        self._arrived -= self._positions(names)
+        chosen = self._positions(names)
+        self._arrived -= chosen
+        self._sure -= chosen
 
     def _positions(self, names: Collection[str]) -> frozenset[int]:
         if len(names) == len(self.names):
@@ -180,10 +180,12 @@ class Sensor:
     def _look(self, gradients: Sequence[Tensor | None]) -> None:
         """Take in what the last backward pass did, unless that was done."""
         if self._held is not None and self._is_over:
-            nones = _nones(gradients)
-            new = self._held.changed(gradients) if self._held.refs else self._everyone
-            self._latest = new & self._present(nones)
+            present = self._present(_nones(gradients))
+            held = self._held
+            replaced = present & held.replaced(gradients) if held.refs else present
+            self._latest = replaced | (present & held.moved(gradients)) if held.refs else replaced
             self._arrived |= self._latest
+            self._sure |= replaced
             self._held, self._is_over = None, False
 
     def _present(self, nones: list[bool]) -> frozenset[int]:
@@ -226,15 +228,13 @@ class _Held(NamedTuple):
         """Return the positions at which there is another gradient now."""
         places = range(len(gradients))
         present = map(not_, _nones(gradients))
-        if not self.refs:
-            return frozenset(compress(places, present))
         others = map(is_not, map(call, self.refs), gradients)
         return frozenset(compress(places, map(and_, others, present)))
 
-    def changed(self, gradients: Sequence[Tensor | None]) -> frozenset[int]:
-        """Return the positions at which there is another gradient, or the same one, written to."""
+    def moved(self, gradients: Sequence[Tensor | None]) -> frozenset[int]:
+        """Return the positions at which a gradient has another version now."""
         moved = map(ne, self.versions, _versions(gradients))
-        return self.replaced(gradients) | frozenset(compress(range(len(gradients)), moved))
+        return frozenset(compress(range(len(gradients)), moved))
 
 
 _NOTHING = _Held([], [])

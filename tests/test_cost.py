@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
 from gradwatch import Watcher
 from gradwatch._cost import WINDOW, Cost
+from tests.conftest import Kernels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,18 +64,6 @@ class Loop:
         torch.autograd.backward(self.model())
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-class Kernels(TorchDispatchMode):
-    """Count what is dispatched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -3,30 +3,17 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradwatch._stats import Sensor, is_lazy, measure
+from tests.conftest import Kernels
 
 TO_HOST = {Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__float__, Tensor.__bool__}
-
-
-class Kernels(TorchDispatchMode):
-    """Count the operations that reach a backend."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 class Copies(TorchFunctionMode):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import random
 import sys
 from collections import Counter
 from pathlib import Path
@@ -29,6 +30,7 @@ from gradwatch import (
 from gradwatch.sinks import MemorySink
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from types import TracebackType
 
 OK, MISSING, ZERO, FROZEN, NONFINITE, UNSEEN = (
@@ -1267,3 +1269,72 @@ def test_diagnose_of_an_optimizer_step_takes_what_it_owned():
 
     assert diagnosis.report.statuses == {a("left"): OK, a("right"): OK}
     assert diagnosis.report.norms == pytest.approx({a("left"): 4 * 2**0.5, a("right"): 4 * 2**0.5})
+
+
+class Drawn:
+    """A loop drawn at random, and what is missing in each of its steps by its own account."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)  # noqa: S311 -- no secret
+        count = self.draw.randint(2, 6)
+        self.model = nn.ParameterList([nn.Parameter(torch.ones(2)) for _ in range(count)])
+        several = self.draw.randint(1, 2)
+        self.owned = [[i for i in range(count) if i % several == k] for k in range(several)]
+        self.optimizers = [torch.optim.SGD([self.model[i] for i in own], 0.1) for own in self.owned]
+        self.style = self.draw.choice(["before", "after each", "at the end", "between"])
+        self.arrived: set[int] = set()
+        self.truth: list[tuple[int, set[str]]] = []
+
+    def forget(self, optimizers: Iterable[int]) -> None:
+        for number in optimizers:
+            self.optimizers[number].zero_grad()
+            self.arrived -= set(self.owned[number])
+
+    def backward(self) -> None:
+        used = [i for i in range(len(self.model)) if self.draw.random() < 0.7]
+        loss = sum((self.model[i].sum() for i in used), torch.zeros(1, requires_grad=True).sum())
+        torch.autograd.backward(loss)
+        self.arrived |= set(used)
+
+    def batch(self) -> bool:
+        """Run what is inside of one block; tell whether the gradients are kept for the next one."""
+        keeps = self.draw.random() < 0.2
+        for number, own in enumerate(self.owned):
+            if self.style == "before" and not keeps:
+                self.forget([number])
+            for _ in range(self.draw.randint(1, 2)):
+                self.backward()
+            if not keeps:
+                self.truth.append((number, {str(i) for i in own if i not in self.arrived}))
+                self.optimizers[number].step()
+                self.arrived -= set(own)
+            if self.style == "after each" and not keeps:
+                self.forget([number])
+        if self.style == "at the end" and not keeps:
+            self.forget(range(len(self.owned)))
+        return keeps
+
+    def run(self) -> list[tuple[int, set[str]]]:
+        """Run the loop watched, and return what is missing as the reports say it."""
+        sink = MemorySink()
+        config = {"rules": [], "trace": "never"}
+        with Watcher(
+            self.model, config, optimizers=self.optimizers, sinks=[sink], every_n_steps=1
+        ) as watcher:
+            for _ in range(8):
+                with watcher.step():
+                    keeps = self.batch()
+                if self.style == "between" and not keeps:
+                    self.forget(range(len(self.owned)))
+        return [
+            (r.optimizer, {n for n, status in r.statuses.items() if status is MISSING})
+            for r in sink.reports
+        ]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_loops_of_every_shape_are_seen_as_they_are(seed: int):
+    """Whatever the order of backwards, steps and emptied gradients, exactly what is missing is missing."""
+    drawn = Drawn(seed)
+
+    assert drawn.run() == drawn.truth
