@@ -347,8 +347,13 @@ class Watcher:
             >>> watcher.report.terms
             {'fit': ('weight', 'bias'), 'penalty': ()}
         """
+        self._know_meant_terms(terms)
+
+    @_harmless
+    def _know_meant_terms(self, terms: Mapping[str, Any]) -> None:
         self._know_terms(terms, meant=True)
 
+    @_harmless
     def known_terms(self, found: Any) -> None:
         """Do the same with what was not said to be terms: only what went into the loss is one.
 
@@ -363,7 +368,6 @@ class Watcher:
             }
             self._know_terms({n: v for n, v in scalars.items() if n != "loss"}, meant=False)
 
-    @_harmless
     def _know_terms(self, terms: Mapping[str, Any], *, meant: bool) -> None:
         inspection = self._inspection
         if inspection is None:
@@ -391,6 +395,10 @@ class Watcher:
 
     def _say_terms(self) -> None:
         """Report the terms that were learned of when the step had been judged."""
+        if self.report.terms == self._terms and self._said_terms.issuperset(
+            self._dead_terms.values()
+        ):
+            return
         report = replace(self.report, terms=dict(self._terms))
         alerts = self._term_alerts(report.step)
         if alerts:

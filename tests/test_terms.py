@@ -130,3 +130,23 @@ def test_lightning_reads_the_dictionary_of_a_training_step(*, cut: bool):
     encoder = tuple(f"two.{name}" for name in ENCODER)
     assert callback.report.terms == {"fit": every, "prior": () if cut else encoder}
     assert len(messages(sink)) == int(cut)
+
+
+class Broken(dict[str, Any]):
+    """A dictionary of the user's own that cannot be read."""
+
+    def items(self) -> Any:
+        raise KeyError("no items")
+
+
+def test_a_dictionary_that_cannot_be_read_ends_no_run(caplog: pytest.LogCaptureFixture):
+    """What cannot be read of a training step's dictionary is one log record, and training goes on."""
+    watcher = Watcher(Two(cut=False))
+    with watcher, watcher.step():
+        fit, _ = watcher._model(torch.ones(1, 2))
+        fit.backward()
+        watcher.known_terms(Broken(fit=fit))
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "GradWatch failed and has switched itself off; training goes on"
+    ]
