@@ -345,7 +345,8 @@ class Inspection(BackwardListener):
 
     def _without_path(self, name: str, flow: Flow) -> Finding:
         reads = [op for op in flow.reads.get(name, ()) if self._is_use(op, name)]
-        hidden = self._in_transforms(flow)
+        broke = self.trace.broken is not None
+        hidden = _words.TRACE_BROKE if broke else self._in_transforms(flow)
         if hidden is None and reads and name in flow.dropped:
             return self._at(Cause.NOT_IN_LOSS, flow.dropped[name])
         hidden = hidden or self._hidden(name)
@@ -384,8 +385,6 @@ class Inspection(BackwardListener):
 
     def _hidden(self, name: str) -> str | None:
         """Return why a parameter may have been read where nothing could be seen."""
-        if self.trace.broken is not None:
-            return _words.TRACE_BROKE
         path = name.rpartition(".")[0]
         if path in self.trace.elsewhere:
             return _words.on_another_thread(path)

@@ -51,9 +51,13 @@ class Facts:
         parameters: Mapping[str, Tensor],
         scales: Mapping[str, float] = MappingProxyType({}),
         total: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None,
+        orphans: Iterable[str] = (),
     ) -> None:
-        """Take the norms of the gradients that arrived."""
-        absent = {*self.missing, *self.frozen, *self.unseen}
+        """Take the norms of the gradients that arrived.
+
+        Those in no optimizer have none: no step uses their gradients, and none empties them.
+        """
+        absent = {*self.missing, *self.frozen, *self.unseen, *orphans}
         gradients = dict(zip(parameters, map(_grad, parameters.values()), strict=True))
         if absent:
             gradients = {name: g for name, g in gradients.items() if name not in absent}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gradwatch import _frames, _source, _words, explain
 from gradwatch._calls import Kind
+from gradwatch._record import node_of
 from gradwatch.report import Diagnosis, Site, Status
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _kept_anywhere(model: nn.Module) -> tuple[str, str] | None:
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             items = value if isinstance(value, (list, tuple)) else [value]
-            if any(isinstance(item, Tensor) and item.grad_fn is not None for item in items):
+            if any(isinstance(item, Tensor) and node_of(item) is not None for item in items):
                 statements = _source.keepings(type(module), name)
                 if statements:
                     full = f"{path}.{name}" if path else name

@@ -229,6 +229,14 @@ def version_of(tensor: Tensor) -> int:
         return 0
 
 
+def node_of(tensor: Tensor) -> Any:
+    """Return the ``grad_fn`` of a tensor; None too where torch refuses, for a view it has given up."""
+    try:
+        return tensor.grad_fn
+    except RuntimeError:  # its base was written in a way that leaves this view without a history
+        return None
+
+
 def versions_of(tensors: Sequence[Tensor]) -> list[int]:
     """Return the versions of many tensors, in C where all of them have one."""
     try:

@@ -29,7 +29,7 @@ from gradwatch import _words
 from gradwatch._diagnose import Inspection
 from gradwatch._graph import walk
 from gradwatch._names import names_of
-from gradwatch._record import tensors_in
+from gradwatch._record import node_of, tensors_in
 from gradwatch._stats import is_hidden
 from gradwatch.explain import render
 from gradwatch.report import Status
@@ -262,6 +262,6 @@ class Roots(Inspection):
     def _mark_results(self, output: Any, number: int) -> None:
         """Leave the number of a call on what it returned; what it hands through is no work of its own."""
         for tensor in tensors_in((output,)):
-            node: Any = tensor.grad_fn
+            node = node_of(tensor)
             if node is not None:
                 node.metadata.setdefault(self._mark, number)

@@ -62,6 +62,7 @@ from gradwatch._record import (
     fractions_in,
     label_of,
     memory_of,
+    node_of,
     read_by,
     shape_of,
     tensors_in,
@@ -364,17 +365,17 @@ class Trace(Record):
             wants = tensor.requires_grad
             value.tracked = value.tracked or wants
             self.read_flags[value.parameter] = wants or self.read_flags.get(value.parameter, False)
-        elif not value.tracked and tensor.requires_grad and not tensor.is_leaf:
-            return self._adopt(tensor, entry, value)
+        elif not value.tracked and tensor.requires_grad and (node := node_of(tensor)):
+            return self._adopt(tensor, node, entry, value)
         return entry.value
 
-    def _adopt(self, tensor: Tensor, entry: _Entry, value: Value) -> int:
+    def _adopt(self, tensor: Tensor, node: Any, entry: _Entry, value: Value) -> int:
         """Note that a Function gave a tensor its ``grad_fn`` after the operations inside it ran."""
         made = None if value.producer is None else self.ops[value.producer]
         op = self._append(
             torch.autograd.Function.apply,
             Kind.LINK,
-            (entry.value, *self._linked(tensor.grad_fn)),
+            (entry.value, *self._linked(node)),
             None if made is None else made.place,
         )
         op.wrapper = Wrapper.CUSTOM_FUNCTION if made is None else made.wrapper
@@ -397,8 +398,9 @@ class Trace(Record):
 
     def _discover(self, tensor: Tensor) -> int:
         """Number a tensor that the mode never saw made, and link it to what it came from."""
-        if tensor.grad_fn is not None:
-            inputs = self._linked(tensor.grad_fn)
+        node = node_of(tensor)
+        if node is not None:
+            inputs = self._linked(node)
             op = self._append(torch.autograd.Function.apply, Kind.LINK, inputs, None)
             self.foreign[op.index] = weakref.ref(tensor)
             return self._produce(tensor, op)
@@ -462,7 +464,7 @@ class Trace(Record):
         return tuple(found)
 
     def _produce(self, tensor: Tensor, op: Op) -> int:
-        node: Any = tensor.grad_fn
+        node = node_of(tensor)
         if node is not None:
             node.metadata[self.tag] = op.index
         number = self._register(tensor, Value(op.index, node is not None))
@@ -535,8 +537,8 @@ class Trace(Record):
         entry = self._known.get(key)
         if entry is not None and entry() is result:
             return False
-        node: Any = result.grad_fn
         try:
+            node: Any = result.grad_fn
             version, memory = result._version, result.untyped_storage().data_ptr()
         except (RuntimeError, NotImplementedError, ValueError):  # rare kinds of tensors
             return False
@@ -576,8 +578,8 @@ class Trace(Record):
         if self._exited:
             call.numbers += [self._floats[x] for x in fractions_in(args) if x in self._floats]
             call.plain = self._plain_arguments(args, kwargs)
-        if call.traits.writes and call.read and call.read[0].grad_fn is not None:
-            call.node = call.read[0].grad_fn.name()
+        if call.traits.writes and call.read and (node := node_of(call.read[0])) is not None:
+            call.node = node.name()
 
     def _finish(self, call: _Call, result: Any, frame: Any) -> None:
         kind = call.traits.kind
@@ -682,7 +684,7 @@ class Trace(Record):
         before = self._read(target) if known is None or known() is not target else known.value
         old = self.values[before]
         number = self._produce(target, op)
-        if old.parameter is not None and target.is_leaf:
+        if old.parameter is not None and node_of(target) is None:
             # Written under no_grad, a parameter stays the leaf whose gradient is asked about.
             self.values[number].parameter, self.values[number].settled = old.parameter, False
             self.values[number].tracked = target.requires_grad

@@ -781,7 +781,8 @@ class Watcher:
             parameters = self._names.parameters
             if len(covered) < len(parameters):
                 parameters = {name: parameters[name] for name in covered}
-            facts.measure(parameters, self._scales(covered, optimizer), total)
+            orphans = self._owners.orphans if self._owners.known else ()
+            facts.measure(parameters, self._scales(covered, optimizer), total, orphans)
             if logged and self._early is not None:
                 owned = self._owners.owned(optimizer)
                 clipped = facts.before_clipping(self._early, parameters, owned)
@@ -869,14 +870,9 @@ class Watcher:
         self._stepped = True
 
     def _scales(self, covered: tuple[str, ...], optimizer: Any) -> dict[str, float]:
-        """Return what gradients are still multiplied with: no one unscales those in no optimizer."""
-        if self._scaler is None:
-            return {}
-        own = scale_left(self._scaler, optimizer)
-        loose = scale_left(self._scaler, None) if self._owners.orphans else 1.0
-        orphans = set(self._owners.orphans)
-        scales = {name: loose if name in orphans else own for name in covered}
-        return {name: scale for name, scale in scales.items() if scale != 1.0}
+        """Return what the gradients of an optimizer are still multiplied with."""
+        scale = 1.0 if self._scaler is None else scale_left(self._scaler, optimizer)
+        return {} if scale == 1.0 else dict.fromkeys(covered, scale)
 
     def _facts(self, covered: tuple[str, ...]) -> Facts:
         parameters = self._names.parameters

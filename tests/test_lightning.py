@@ -61,6 +61,13 @@ class Detached(Net):
         return (hidden + self.branches["right"](batch)).pow(2).mean()
 
 
+class Logging(Detached):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)  # type: ignore[attr-defined]
+        return loss
+
+
 class Every(Net):
     """Branches that are used in every ``n``-th batch, 0 for never."""
 
@@ -428,6 +435,29 @@ def test_several_loggers_get_what_they_can_show(pl: Any, tmp_path: Path):
         (3, MISSING.code),
     ]
     assert [float(row.split(",")[column]) for row in rows[1:]] == [1.0, 1.0, 1.0]
+
+
+def test_loggers_of_other_makers_get_the_summary(
+    pl: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """MLflow's files and a run of W&B's offline hold the counts, at the steps of Lightning's own values."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    mlflow = pl.loggers.MLFlowLogger("x", tracking_uri=f"file:{tmp_path}/mlruns")
+    wandb = pl.loggers.WandbLogger(project="x", save_dir=tmp_path, offline=True)
+    model = made(pl, Logging, "left", "right")
+    fit(pl, model, GradWatch(PATIENT), logger=[mlflow, wandb], log_every_n_steps=2)
+    summary = dict(wandb.experiment.summary)
+    wandb.experiment.finish()
+
+    def history(name: str) -> list[tuple[int, float]]:
+        values = mlflow.experiment.get_metric_history(mlflow.run_id, name)
+        return [(value.step, value.value) for value in values]
+
+    # The first batch is written for its news, whatever the interval.
+    assert history("gradwatch/params_missing") == [(0, 1.0), (1, 1.0), (3, 1.0)]
+    assert [step for step, _ in history("loss")] == [1, 3]
+    assert (summary["gradwatch/params_missing"], summary["trainer/global_step"]) == (1.0, 3)
 
 
 def test_two_callbacks_with_names_share_a_trainer(pl: Any):

@@ -51,7 +51,16 @@ def test_extras() -> None:
     extras = importlib.metadata.metadata("gradwatch").get_all("Provides-Extra")
 
     assert extras is not None
-    assert sorted(extras) == ["cli", "dev", "docs", "examples", "test"]
+    assert sorted(extras) == ["bench", "cli", "dev", "docs", "examples", "test"]
+
+
+def test_make_installs_extras_that_exist() -> None:
+    """Every extra that the Makefile installs is one of the project's; pip would only warn."""
+    makefile = (ROOT / "Makefile").read_text()
+    asked = {name for some in re.findall(r'"\.\[([\w,]+)\]"', makefile) for name in some.split(",")}
+
+    assert sorted(asked - {*PROJECT["optional-dependencies"]}) == []
+    assert "test" in asked
 
 
 def test_types_are_shipped() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from gradwatch import Status, diagnose
+from gradwatch import Cause, Status, diagnose
 from gradwatch._calls import Kind, Wrapper, public_name, traits_of
 from gradwatch._trace import Trace
 
@@ -296,3 +296,69 @@ def test_a_broken_trace_still_tells_who_got_a_gradient(monkeypatch):
 
     assert list(diagnosis.report.statuses.values()) == [Status.OK] * 2
     assert diagnosis.report.diagnoses == ()
+
+
+def test_after_a_broken_trace_no_result_is_called_dropped(monkeypatch):
+    """What was read before a failure of ours may have gone on unseen: the cause stays open."""
+    model = nn.ModuleDict({"kept": nn.Linear(2, 2), "cut": nn.Linear(2, 2)})
+
+    with diagnose(model) as diagnosis:
+        h = model["cut"](ROW)
+        monkeypatch.setattr(Trace, "_finish_simple", lambda *_: 1 / 0)
+        (model["kept"](ROW) + h.detach()).sum().backward()
+
+    (found,) = diagnosis.report.diagnoses
+    assert (found.cause, found.parameters) == (Cause.UNDETERMINED, ("cut.weight", "cut.bias"))
+
+
+def rows_kept(model, x):
+    h = model(x)
+    kept = list(h)
+    h += 1
+    return h.sum() + 0 * len(kept)
+
+
+def chunks_kept(model, x):
+    h = model(x)
+    kept = h.chunk(2, 1)
+    return torch.nn.functional.relu_(h).sum() + 0 * len(kept)
+
+
+def part_of_a_weight(model, x):
+    with torch.no_grad():
+        model.weight[0].fill_(0.5)
+        model.weight.view(-1).clamp_(-1, 1)
+        model.weight.T.copy_(model.weight.T.clone())
+    return model(x).sum()
+
+
+def view_without_gradient(model, x):
+    h = model(x)
+    with torch.no_grad():
+        kept = h[0]
+    h.mul_(2)
+    return h.sum() + 0 * len(kept)
+
+
+def padded_embedding(model, x):
+    table = nn.Embedding(3, 2, padding_idx=0)
+    return model(table(torch.tensor([0, 1]))).sum() + 0 * x.sum()
+
+
+@pytest.mark.parametrize(
+    "program", [rows_kept, chunks_kept, part_of_a_weight, view_without_gradient, padded_embedding]
+)
+def test_views_that_torch_has_given_up_break_no_trace(program, caplog):
+    """A view whose history torch refuses to tell is followed no further, and the trace goes on."""
+    model = nn.Linear(2, 2)
+    with diagnose(model) as healthy:
+        program(model, torch.ones(2, 2)).backward()
+    cut = nn.ModuleDict({"kept": nn.Linear(2, 2), "cut": nn.Linear(2, 2)})
+    with diagnose(cut) as sick:
+        lost = cut["cut"](torch.ones(2, 2)).detach()  # <- here
+        (program(cut["kept"], torch.ones(2, 2)) + lost.sum()).backward()
+
+    assert (healthy.report.diagnoses, caplog.records) == ((), [])
+    (diagnosis,) = sick.report.diagnoses
+    assert (diagnosis.cause, diagnosis.parameters) == (Cause.DETACHED, ("cut.weight", "cut.bias"))
+    assert diagnosis.site.source.strip().endswith("# <- here")
