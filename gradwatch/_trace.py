@@ -74,6 +74,7 @@ _eager = 0
 _stance = ExitStack()
 _log = logging.getLogger("gradwatch")
 _PLAIN = Kind.PLAIN
+_IGNORED = Traits(Kind.IGNORED)
 _NO_TENSORS = frozenset({int, float, bool, str, type(None), slice, torch.dtype, torch.device})
 
 
@@ -251,17 +252,33 @@ class Trace(Record):
     # Modules and optimizers ---------------------------------------------------------------------
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
+        running: tuple[str | None, _Closed | None, nn.Module]
+        if threading.get_ident() != self._thread:
+            self._note_elsewhere(module)
+            return
         try:
-            self._note_module(module, args)
+            fast = _has_fast_path(module) and _is_innermost(self._mode)
+            running = self._noted(module, args, fast=fast)
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
+            fast = _is_innermost(self._mode)  # nothing is recorded any more: no harm without it
+            running = ("", _Closed([], without_mode=fast), module)
+        self._running.append(running)
+        if fast:
+            # NOTE [Fast path] Any active function mode makes these modules take another way through
+            # C++ in eval mode, with other rounding: they run without the mode, as one operation.
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
-    def _note_module(self, module: nn.Module, args: Any) -> None:
+    def _note_elsewhere(self, module: nn.Module) -> None:
         path = self._paths.get(id(module))
-        if threading.get_ident() != self._thread:
-            if path is not None:
-                self.elsewhere.add(path)
-            return
+        if path is not None:
+            self.elsewhere.add(path)
+
+    def _noted(
+        self, module: nn.Module, args: Any, *, fast: bool
+    ) -> tuple[str | None, _Closed | None, nn.Module]:
+        """Note that a module runs; return its path, what to do at its end, and itself."""
+        path = self._paths.get(id(module))
         around = self._running[-1][0] if self._running else ""
         if path is not None:
             self.modules_run.add(path)
@@ -269,14 +286,9 @@ class Trace(Record):
                 path = around
         elif next(module.parameters(), None) is None:
             path = around  # a loss or an activation, made on the spot
-        fast = _has_fast_path(module) and _is_innermost(self._mode)
         closed = fast or isinstance(module, torch.jit.ScriptModule)
         inside = _Closed(list(tensors_in((args,))), without_mode=fast) if closed else None
-        self._running.append((path, inside, module))
-        if fast:
-            # NOTE [Fast path] Any active function mode makes these modules take another way through
-            # C++ in eval mode, with other rounding: they run without the mode, as one operation.
-            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        return path, inside, module
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         del args
@@ -301,40 +313,50 @@ class Trace(Record):
 
     def _note_registration(self, module: nn.Module, name: str, parameter: Any) -> None:
         del module, name
-        entry = self._known.get(id(parameter))
-        is_new = entry is None or entry() is not parameter
-        if self.recording and isinstance(parameter, Tensor) and is_new:
-            self._wraps[id(parameter)] = _frames.here(sys._getframe(1))
+        try:
+            entry = self._known.get(id(parameter))
+            is_new = entry is None or entry() is not parameter
+            if self.recording and isinstance(parameter, Tensor) and is_new:
+                self._wraps[id(parameter)] = _frames.here(sys._getframe(1))
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            self.give_up(error)
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if len(args) > 1 or kwargs.get("closure") is not None:
-            # The closure runs forward and backward inside of the step; what the optimizer does
-            # around it is told by its frames (``called``).
-            self._closures += 1
-            return
+        self._was_recording, self.recording = self.recording, False
+        try:
+            if has_closure(args, kwargs):
+                # The closure runs forward and backward inside of the step; what the optimizer does
+                # around it is told by its frames (``called``).
+                self.recording = self._was_recording
+                self._closures += 1
+            else:
+                self._note_step(optimizer)
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            self.give_up(error)
+
+    def _note_step(self, optimizer: Any) -> None:
         written = frozenset(
             self._names[id(tensor)]
             for group in optimizer.param_groups
             for tensor in group["params"]
             if id(tensor) in self._names
         )
-        self.steps.append((_frames.here(sys._getframe(1)), written))
-        self._was_recording, self.recording = self.recording, False
-        try:
-            self._listener.before_step(written)
-        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
-            self.give_up(error)
+        self.steps.append((_frames.here(sys._getframe(2)), written))
+        self._listener.before_step(written)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if len(args) > 1 or kwargs.get("closure") is not None:
-            self._closures -= 1
-        else:
-            self.recording = self._was_recording and self.broken is None
-        for group in optimizer.param_groups:
-            for tensor in group["params"]:
-                entry = self._known.get(id(tensor))
-                if entry is not None:
-                    entry.version = version_of(tensor)
+        try:
+            if has_closure(args, kwargs):
+                self._closures -= 1
+            else:
+                self.recording = self._was_recording and self.broken is None
+            for group in optimizer.param_groups:
+                for tensor in group["params"]:
+                    entry = self._known.get(id(tensor))
+                    if entry is not None:
+                        entry.version = version_of(tensor)
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            self.give_up(error)
 
     # Values ---------------------------------------------------------------------------------------
 
@@ -476,30 +498,30 @@ class Trace(Record):
     def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the user's program, and note what it read and made."""
         __tracebackhide__ = True  # pytest leaves this out of the traceback of a user's error
-        traits = traits_of(func)
-        if traits.ignored:
-            return func(*args, **kwargs)
         frame = sys._getframe(2)
-        if self._closures and _frames.is_optimizer(frame.f_code):
-            return func(*args, **kwargs)
-        if traits.backward:
-            return self._backward(func, traits, args, kwargs)
-        simple = traits.simple and not self._exited
+        traits, simple = _IGNORED, False
         call: _Call | None = None
         numbers: list[int] = []
         try:
+            is_step = self._closures and _frames.is_optimizer(frame.f_code)
+            traits = _IGNORED if is_step else traits_of(func)
+            simple = traits.simple and not self._exited
             if simple:
                 numbers = self._numbers(args, kwargs)
-            else:
+            elif not (traits.ignored or traits.backward):
                 call = _Call(func, traits, args, read_by(args, kwargs))
                 self._begin(call, kwargs)
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
+            traits = _IGNORED
+        if traits.ignored:
             return func(*args, **kwargs)
+        if traits.backward:
+            return self._backward(func, traits, args, kwargs)
         try:
             result = func(*args, **kwargs)
         except Exception:
-            self.failed = (_frames.here(frame), func)
+            self._note_failed(frame, func)
             raise
         try:
             if simple and self._finish_simple(func, numbers, result, frame):
@@ -511,6 +533,12 @@ class Trace(Record):
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
         return result
+
+    def _note_failed(self, frame: Any, func: Any) -> None:
+        try:
+            self.failed = (_frames.here(frame), func)
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            self.give_up(error)
 
     # NOTE [Hot path] Most calls read tensors and make one new one. For them ``_numbers`` and
     # ``_finish_simple`` do in two pieces what ``_begin``, ``_finish``, ``_append``, ``_produce`` and
@@ -738,45 +766,70 @@ class Trace(Record):
         __tracebackhide__ = True
         if self.in_backward:
             return func(*args, **kwargs)
-        self.in_backward = True
-        try:
-            with self._listener.around_backward([]):
-                return func(*args, **kwargs)
-        finally:
-            self.in_backward = False
+        return self._surrounded(func, args, kwargs, self._entered([]))
 
     def _backward(
         self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         __tracebackhide__ = True
-        place = _frames.here(sys._getframe(3))
         accumulates = traits.kind is Kind.BACKWARD
+        place: Place | None = None
+        numbers: tuple[int, ...] = ()
+        around = ExitStack()
         try:
+            place = _frames.here(sys._getframe(3))
             roots, inputs = _roots_and_inputs(func, args, kwargs)
             numbers = tuple(self._read(root) for root in roots)
             self.backwards.append(Backward(numbers, place, accumulates, inputs))
-            around = ExitStack()
             if accumulates:
-                around.enter_context(self._listener.around_backward(roots))
+                around = self._entered(roots)
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
-            return func(*args, **kwargs)
-        with self.paused(), around:
-            self.in_backward = True
-            try:
-                result = func(*args, **kwargs)
-            except Exception:
-                self.failed = (place, func)
-                raise
-            finally:
-                self.in_backward = False
-        self.know_gradients()
-        if accumulates:
-            return result
-        op = self._append(func, Kind.GRAD, numbers, place)
-        for tensor in tensors_in((result,)):
-            self._produce(tensor, op)
+        try:
+            result = self._surrounded(func, args, kwargs, around)
+        except Exception:
+            self.failed = (place, func)
+            raise
+        try:
+            self.know_gradients()
+            if not accumulates and self.recording:
+                op = self._append(func, Kind.GRAD, numbers, place)
+                for tensor in tensors_in((result,)):
+                    self._produce(tensor, op)
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            self.give_up(error)
         return result
+
+    def _entered(self, roots: list[Tensor]) -> ExitStack:
+        """Tell the listener that a backward pass begins; what is returned tells it of the end."""
+        around = ExitStack()
+        try:
+            around.enter_context(self._listener.around_backward(roots))
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            self.give_up(error)
+        return around
+
+    def _surrounded(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], around: ExitStack
+    ) -> Any:
+        """Run a backward pass of the user's unrecorded, and leave what is around it however it ends."""
+        __tracebackhide__ = True
+        recording, self.recording = self.recording, False
+        self.in_backward = True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.in_backward = False
+            self.recording = recording and self.broken is None
+            try:
+                around.close()
+            except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+                self.give_up(error)
+
+
+def has_closure(args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether an optimizer's step was given a closure; the first argument is the optimizer."""
+    return len(args) > 1 or kwargs.get("closure") is not None
 
 
 def _made(call: _Call, result: Any) -> list[Tensor]:

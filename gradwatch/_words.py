@@ -135,6 +135,7 @@ TAKEN_AWAY = (
     "an optimizer steps inside of backward and empties `.grad`: the gradients of its parameters cannot be "
     "seen, and nothing is said about them"
 )
+SWITCHED_OFF = "GradWatch failed and has switched itself off; training goes on"
 NO_STEP = "no optimizer step was seen in this run, so that nothing was judged"
 FLATTENED = (
     "FSDP1 keeps gradients in flat pieces without names, so that nothing is watched in this run; with "

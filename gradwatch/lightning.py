@@ -11,23 +11,30 @@ left in it count as a gradient.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
 import sys
 from collections.abc import Iterable, Mapping  # noqa: TC003 -- jsonargparse reads the annotations
 from pathlib import Path  # noqa: TC003 -- jsonargparse reads the annotations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from gradwatch import _words
 from gradwatch.config import Config, load_config
+from gradwatch.errors import GradWatchError
 from gradwatch.report import Diagnosis, Report
 from gradwatch.sinks import Sink  # noqa: TC001 -- jsonargparse reads the annotations
 from gradwatch.watcher import Watcher
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pytorch_lightning import Callback, LightningModule, Trainer
     from torch import Tensor
     from torch.optim import Optimizer
 
     _Bases = Callback
+    _Hook = TypeVar("_Hook", bound=Callable[..., None])
 else:
     # NOTE [Two namespaces] `pytorch_lightning` and `lightning.pytorch` are two copies of the same
     # classes. With both as bases, one class is a callback to either Trainer and either LightningCLI.
@@ -53,6 +60,24 @@ else:
         return tuple(dict.fromkeys(found))
 
     _Bases = type("_Bases", _callbacks(), {})
+
+
+_log = logging.getLogger("gradwatch")
+
+
+def _harmless(hook: _Hook) -> _Hook:
+    """Let a failure of ours end no run: what is raised on purpose comes through alone."""
+
+    @functools.wraps(hook)
+    def guarded(self: GradWatch, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            hook(self, trainer, pl_module, *args, **kwargs)
+        except GradWatchError:
+            raise
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            self._fail(error)
+
+    return cast("_Hook", guarded)
 
 
 class GradWatch(_Bases):
@@ -132,13 +157,15 @@ class GradWatch(_Bases):
 
     # The hooks, in the order in which Lightning calls them ----------------------------------------
 
+    @_harmless
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew for each ``fit``; a checkpoint's state is loaded right after this."""
         del trainer
         if stage == "fit":
-            self._state = {}
+            self._state, self._watcher = {}, None
             self._watcher = Watcher(pl_module, self.config, sinks=self._given_sinks)
 
+    @_harmless
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the run: now the optimizers exist."""
         if self._watcher is not None:
@@ -159,6 +186,7 @@ class GradWatch(_Bases):
                 every_n_steps=getattr(trainer, "log_every_n_steps", 50),  # set as an attribute only
             )
 
+    @_harmless
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -170,6 +198,7 @@ class GradWatch(_Bases):
             if not pl_module.automatic_optimization:
                 self._watcher.before_backward()
 
+    @_harmless
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
@@ -178,6 +207,7 @@ class GradWatch(_Bases):
         if self._watcher is not None:
             self._watcher.before_backward()
 
+    @_harmless
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that a backward pass has ended."""
         del trainer, pl_module
@@ -185,6 +215,7 @@ class GradWatch(_Bases):
             self._saw_backward = True
             self._watcher.after_backward()
 
+    @_harmless
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
@@ -199,6 +230,7 @@ class GradWatch(_Bases):
             if watcher.should_stop:
                 trainer.should_stop = True
 
+    @_harmless
     def on_train_batch_end(
         self,
         trainer: Trainer,
@@ -215,21 +247,25 @@ class GradWatch(_Bases):
                 self._watcher.settle()
         self._end_batch()
 
+    @_harmless
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the trace, where no batch end came."""
         del trainer, pl_module
         self._end_batch()
 
+    @_harmless
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the trace: what validation runs is no part of a step."""
         del trainer, pl_module
         self._end_batch()
 
+    @_harmless
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the run."""
         del trainer, pl_module
         self._close()
 
+    @_harmless
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
@@ -239,6 +275,7 @@ class GradWatch(_Bases):
             self._watcher.interrupted(exception)
         self._close()
 
+    @_harmless
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing behind."""
         del trainer, pl_module
@@ -252,3 +289,10 @@ class GradWatch(_Bases):
     def _close(self) -> None:
         if self._watcher is not None:
             self._watcher.close()
+
+    def _fail(self, error: Exception) -> None:
+        """Watch no more, and say so once."""
+        if self._watcher is None:
+            _log.warning(_words.SWITCHED_OFF, exc_info=error)
+        else:
+            self._watcher.switch_off(error)

@@ -32,6 +32,7 @@ from gradwatch._ledger import Facts, Ledger
 from gradwatch._names import Owners, checked, innermost, is_compiled, names_of
 from gradwatch._raised import add_note
 from gradwatch._stats import Sensor, is_deepspeed, is_hidden, is_searching, scale_left
+from gradwatch._trace import has_closure
 from gradwatch.config import Config, load_config
 from gradwatch.errors import DisconnectedParameterError, GradientAlertError, GradWatchError
 from gradwatch.report import Action, Alert, Cause, Diagnosis, GradStats, Report, Status
@@ -70,21 +71,46 @@ _R = TypeVar("_R")
 def _harmless(
     method: Callable[Concatenate[Watcher, _P], _R],
 ) -> Callable[Concatenate[Watcher, _P], _R | None]:
-    """Turn a failure of ours into one log record; let through what is raised on purpose."""
+    """Turn a failure of ours into one log record; after one, do nothing."""
+    return _guarded(method)
+
+
+def _harmless_always(
+    method: Callable[Concatenate[Watcher, _P], _R],
+) -> Callable[Concatenate[Watcher, _P], _R | None]:
+    """Turn a failure of ours into one log record; what has to be done after one is done."""
+    return _guarded(method, when_off=True)
+
+
+def _harmless_hook(
+    method: Callable[Concatenate[Watcher, _P], _R],
+) -> Callable[Concatenate[Watcher, _P], _R | None]:
+    """Do the same for what torch calls while it walks over its hooks, of which none may be removed."""
+    return _guarded(method, when_off=True, hook=True)
+
+
+def _guarded(
+    method: Callable[Concatenate[Watcher, _P], _R], *, when_off: bool = False, hook: bool = False
+) -> Callable[Concatenate[Watcher, _P], _R | None]:
+    """Let through what is raised on purpose alone; the outermost guard counts the time, and decides."""
 
     @functools.wraps(method)
     def guarded(self: Watcher, *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
-        if self._off:
+        if self._off and not when_off:
             return None
+        if self._is_guarded:
+            return method(self, *args, **kwargs)
+        self._is_guarded, self._in_hook = True, hook
         began = self._cost.clock()
         try:
             return method(self, *args, **kwargs)
         except GradWatchError:
             raise
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
-            self._switch_off(error)
+            self.switch_off(error)
             return None
         finally:
+            self._is_guarded = self._in_hook = False
             self._cost.add(began)
 
     return cast("Callable[Concatenate[Watcher, _P], _R | None]", guarded)
@@ -176,7 +202,7 @@ class Watcher:
         self._batches = 0
         self._off = False
         self._plain = ExitStack()
-        self._in_hook = False
+        self._is_guarded = self._in_hook = False
         self._inspection: Inspection | None = None
         self._micro_batches = 0
         self._traces = 0
@@ -222,9 +248,12 @@ class Watcher:
         traceback: TracebackType | None,
     ) -> None:
         del kind, traceback
-        if error is not None:
-            self.interrupted(error)
-        self.close()
+        try:
+            if error is not None:
+                self.interrupted(error)
+            self.close()
+        finally:
+            self._plain.close()
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -256,30 +285,27 @@ class Watcher:
         if self._off:
             self._end()
 
+    @_harmless_hook
     def _before_plain_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if not _has_closure(args, kwargs):
+        if not has_closure(args, kwargs):
             self._judge_in_hook(optimizer)
 
+    @_harmless_hook
     def _after_plain_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         # With a closure, forward and backward ran inside of the step.
-        if _has_closure(args, kwargs):
+        if has_closure(args, kwargs):
             self._judge_in_hook(optimizer)
 
     def _judge_in_hook(self, optimizer: Any) -> None:
-        self._in_hook = True
-        try:
-            if self._off and self._group is not None:
-                if optimizer in self._optimizers:
-                    self._keep_company()
-            elif self._is_ours(optimizer):
-                if self._in_step or self._waits_for(optimizer):
-                    self.judge_unseen(optimizer)
-                else:
-                    self._note_outside()
-        finally:
-            self._in_hook = False
+        if self._off and self._group is not None:
+            if optimizer in self._optimizers:
+                self._keep_company()
+        elif self._is_ours(optimizer):
+            if self._in_step or self._waits_for(optimizer):
+                self.judge_unseen(optimizer)
+            else:
+                self._note_outside()
 
-    @_harmless
     def _is_ours(self, optimizer: Any) -> bool:
         """Tell whether an optimizer is watched; where none were named, any with our parameters is."""
         if self._off or self._judge is None:
@@ -321,14 +347,14 @@ class Watcher:
         """Tell whether an optimizer steps late: after the block whose gradients it takes."""
         return self._waits and self._written.isdisjoint(self._owners.owned(optimizer))
 
-    @_harmless
     def _note_outside(self) -> None:
         """Say once that an optimizer has stepped where no step is watched."""
         if not self._said_outside:
             self._said_outside = True
             _log.warning(_words.OUTSIDE)
 
-    def loss_terms(self, **terms: Any) -> None:
+    @_harmless
+    def loss_terms(self, /, **terms: Any) -> None:
         """Find out which parameters each term of the loss reaches; one that reaches none is a finding.
 
         Args:
@@ -347,10 +373,6 @@ class Watcher:
             >>> watcher.report.terms
             {'fit': ('weight', 'bias'), 'penalty': ()}
         """
-        self._know_meant_terms(terms)
-
-    @_harmless
-    def _know_meant_terms(self, terms: Mapping[str, Any]) -> None:
         self._know_terms(terms, meant=True)
 
     @_harmless
@@ -573,6 +595,7 @@ class Watcher:
             )
         )
 
+    @_harmless_always
     def before_step(self, optimizer: Any, *, step: int | None = None, seen: bool = True) -> None:
         """Judge a step, right before its optimizer writes.
 
@@ -586,9 +609,9 @@ class Watcher:
         """
         if self._off:
             self._keep_company()
-        self._before_step(optimizer, step, seen=seen)
+        else:
+            self._before_step(optimizer, step, seen=seen)
 
-    @_harmless
     def _before_step(self, optimizer: Any, step: int | None, *, seen: bool) -> None:
         if self._judge is None or not self._anything_ran():
             return
@@ -612,17 +635,11 @@ class Watcher:
         if report is not None:
             self._deliver(report, optimizer)
 
+    @_harmless_hook
     def _after_clipping(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         del args, kwargs
-        self._in_hook = True
-        try:
-            self._release(optimizer)
-        finally:
-            self._in_hook = False
-
-    @_harmless
-    def _release(self, optimizer: Any = None) -> None:
-        self._hand_on(optimizer)
+        if not self._off:
+            self._hand_on(optimizer)
 
     def _hand_on(self, optimizer: Any = None) -> None:
         """Hand on a report that has waited for its clipped norm."""
@@ -638,16 +655,14 @@ class Watcher:
             report = replace(report, clipped_norm=facts.stats.total)
         self._write(report)
 
+    @_harmless_always
     def end_batch(self) -> None:
         """End a batch: leave the trace, and write what belongs to the batch."""
-        if self._off and self._stepped:
+        if not self._off:
+            self._finish_batch()
+        elif self._stepped:
             self._stepped = False
             self._batches += 1
-        self._end_batch()
-
-    @_harmless
-    def _end_batch(self) -> None:
-        self._finish_batch()
 
     def _finish_batch(self) -> None:
         self._cost.end_batch(traced=self._inspection is not None)
@@ -691,16 +706,19 @@ class Watcher:
         else:
             self._sought.clear()
 
+    @_harmless_always
     def interrupted(self, error: BaseException) -> None:
         """Clean up after an exception of the user's, and add a note on its cause where one is known."""
         inspection = self._stop_inspection()
         if isinstance(error, Exception) and not isinstance(error, GradWatchError):
             add_note(error, inspection, self._model, self._ledger.holding)
 
+    @_harmless_always
     def close(self) -> None:
         """End the run: nothing of GradWatch's is left on the model or in torch."""
         self._plain.close()
-        self._release()
+        if not self._off:
+            self._hand_on()
         if self._backwards and not self._steps and not self._off:
             _log.warning(_words.NO_STEP)
         if self._batches and self._writes and not self._off:
@@ -973,15 +991,14 @@ class Watcher:
         for sink in self._sinks:
             sink.write(report)
 
-    def _switch_off(self, error: Exception) -> None:
+    def switch_off(self, error: Exception) -> None:
+        """Watch no more after a failure of ours, of which one log record tells."""
         self._off = True
         if self._inspection is not None:
             self._inspection.trace.recording = False
         if not self._in_hook:  # torch walks over its hooks now, and none may be taken away
             self._end()
-        _log.warning(
-            "GradWatch failed and has switched itself off; training goes on", exc_info=error
-        )
+        _log.warning(_words.SWITCHED_OFF, exc_info=error)
 
 
 def _place_of(cut: Finding | None) -> tuple[str | None, str | None]:
@@ -989,11 +1006,6 @@ def _place_of(cut: Finding | None) -> tuple[str | None, str | None]:
     if cut is None or cut.site is None:
         return None, None
     return str(cut.cause), _words.place(cut.site)
-
-
-def _has_closure(args: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether an optimizer's step was given a closure; the first argument is the optimizer."""
-    return len(args) > 1 or kwargs.get("closure") is not None
 
 
 def _as_optimizers(given: Any) -> tuple[Any, ...]:

@@ -3,9 +3,14 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
+import random
+import sys
 import warnings
 import weakref
+from collections import Counter
+from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +20,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import gradwatch
 from gradwatch import GradWatch, Report, Watcher, diagnose
 from gradwatch.sinks import MemorySink
 from tests.conftest import QUIET, process_state
@@ -95,17 +101,14 @@ def plain(*, watched: bool, steps: int = 9, **options: Any) -> Outcome:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01)
     watcher = Watcher(model, optimizers=[optimizer], every_n_steps=2, **options)
     losses = []
-    if watched:
-        watcher.__enter__()
-    for x in batches(steps):
-        with watcher.step() if watched else torch.enable_grad():
-            loss = model(x)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(loss.item())
-    if watched:
-        watcher.__exit__(None, None, None)
+    with watcher if watched else nullcontext():
+        for x in batches(steps):
+            with watcher.step() if watched else nullcontext():
+                loss = model(x)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
     return model.state_dict(), losses, torch.rand(4)
 
 
@@ -370,7 +373,7 @@ FAULTS = [
     "gradwatch._trace.Trace._numbers",
     "gradwatch._trace.Trace._begin",
     "gradwatch._trace.Trace._finish",
-    "gradwatch._trace.Trace._note_module",
+    "gradwatch._trace.Trace._noted",
     "gradwatch._trace.Trace._written",
     "gradwatch.rules.Judge.load_state_dict",
     "gradwatch.rules.Judge.observe",
@@ -439,6 +442,82 @@ def test_a_failure_of_ours_in_a_plain_loop(
     assert fault.raised
     assert_same(with_it, without)
     assert logged(caplog) == [(logging.WARNING, BoomError)]
+
+
+GUARDS = {
+    "_guarded.<locals>.guarded",
+    "_harmless.<locals>.guarded",
+    "Cost.add",
+    "Trace.called",
+    "Trace._backward",
+    "Trace._surrounded",
+}
+"""What turns a failure into a log record; it does next to nothing that could fail itself."""
+
+
+def calls(function: Callable[[], Any], fault: tuple[tuple[str, str], int] | None = None) -> Any:
+    """Call a function, and fail in one call of ours inside of it.
+
+    Args:
+        function: What to call.
+        fault: The names of a function of ours and of its caller, and which of these calls fails.
+
+    Returns:
+        The number of calls of each function of ours by each other one, and what was returned.
+    """
+    home = str(Path(gradwatch.__file__).parent)
+    counts: Counter[tuple[str, str]] = Counter()
+
+    def trace(frame: Any, event: str, arg: Any) -> None:
+        del arg
+        caller = frame.f_back.f_code
+        if not (frame.f_code.co_filename.startswith(home) and caller.co_filename.startswith(home)):
+            return
+        name = (frame.f_code.co_qualname, caller.co_qualname)
+        # A generator is "called" once more when it is thrown away, where no error can be raised.
+        if event != "call" or name[0] in GUARDS or name[0].endswith("<genexpr>"):
+            return
+        counts[name] += 1
+        if fault == (name, counts[name]):
+            raise BoomError("injected")
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        return counts, function()
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["plain", "lightning"])
+def test_a_failure_in_any_call_leaves_the_run_as_it_is(where: str):
+    """A hundred random calls inside of GradWatch fail, each in a run of its own, and all end the same."""
+
+    def run() -> Outcome:
+        return in_lightning(callbacks.pop()) if where == "lightning" else plain(watched=True)
+
+    callbacks = [GradWatch(every_n_steps=1) for _ in range(102)]
+    without = lightning_alone() if where == "lightning" else plain_alone()
+    before = process_state()
+    run()
+    counts, with_it = calls(run)
+    assert_same(with_it, without)
+    # A watcher of a plain loop is made, and may refuse to be, before there is a run to hurt.
+    made, _ = calls(lambda: Watcher(Student(), optimizers=torch.optim.SGD([torch.ones(1)], 0.1)))
+    known = sorted(counts.keys() - (made if where == "plain" else {}))
+    draw = random.Random(where)  # noqa: S311 -- to choose, not to hide
+    failed = []
+    for name in draw.choices(known, k=100):
+        try:
+            _, ended = calls(run, (name, draw.randint(1, counts[name])))
+            assert_same(ended, without)
+            assert process_state() == before
+        except (AssertionError, BoomError) as error:
+            failed.append((name, repr(error)))
+
+    assert len(known) > 300
+    assert failed == []
 
 
 @pytest.mark.parametrize("where", ["write", "close"])
