@@ -41,6 +41,8 @@ class Kind(Enum):
     """Turns the value into a Python number, a list, or a NumPy array."""
     COPY_VALUES = auto()
     """Copies values into a new leaf: ``torch.tensor``."""
+    CONVERT = auto()
+    """Hands a tensor on, or copies the values of a list: ``torch.as_tensor``."""
     SHAPE_ONLY = auto()
     """Makes a tensor from another's shape, dtype and device: ``zeros_like``."""
     REWRAP = auto()
@@ -90,11 +92,12 @@ def _words(text: str, kind: Kind) -> dict[str, Kind]:
 _BY_NAME = (
     _words("detach detach_ __deepcopy__", Kind.SEVER)
     | _words("tensor new_tensor", Kind.COPY_VALUES)
+    | _words("as_tensor asarray", Kind.CONVERT)
     | _words("_set_grad_enabled", Kind.SET_MODE)
     | _words("requires_grad_", Kind.SET_FLAG)
     | _words(
         "item tolist numpy __float__ __int__ __index__ __bool__ __complex__ __array__ __contains__ "
-        "is_nonzero equal allclose",
+        "__format__ is_nonzero equal allclose",
         Kind.EXIT,
     )
     | _words(
@@ -103,7 +106,7 @@ _BY_NAME = (
         Kind.SHAPE_ONLY,
     )
     | _words(
-        "__format__ __repr__ __str__ __len__ __hash__ __reduce_ex__ register_hook retain_grad "
+        "__repr__ __str__ __len__ __hash__ __reduce_ex__ register_hook retain_grad "
         "register_post_accumulate_grad_hook dim size numel stride is_contiguous is_floating_point "
         "is_complex",
         Kind.IGNORED,

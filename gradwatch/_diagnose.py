@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from gradwatch import _frames, _words, explain
 from gradwatch._calls import Kind, Wrapper
@@ -28,7 +29,7 @@ from gradwatch.report import Cause, Diagnosis, Severity, Site, Status
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
 _NO_OTHER_USE = "no other use"
 """Stands for a note whose words depend on how many parameters are grouped."""
@@ -261,8 +262,8 @@ class Inspection(BackwardListener):
                 cause = Cause.CUSTOM_FUNCTION if node.custom else Cause.NON_DIFFERENTIABLE
                 return self._at(cause, self._op(node.tag))
         if leaf in reached:
-            return Finding(Cause.UNDETERMINED, notes=(_words.IN_THE_GRAPH, _words.RULED_OUT))
-        return self._cut(name, flow) or self._broken(name)
+            return Finding(Cause.UNDETERMINED, notes=(_words.IN_THE_GRAPH, _words.TAKEN))
+        return self._cut(name, flow) or self._broken(name, flow)
 
     def _not_requested(self, name: str, *, reached: bool) -> Finding | None:
         leaf = id(self.parameters[name])
@@ -279,8 +280,11 @@ class Inspection(BackwardListener):
             return Finding(Cause.NOT_REQUESTED, site, "torch.autograd.grad", notes)
         return None
 
-    def _broken(self, name: str) -> Finding:
-        """Name the operation at which the autograd graph ends though its inputs were tracked."""
+    def _broken(self, name: str, flow: Flow) -> Finding:
+        """Name the operation at which the autograd graph ends though its inputs were tracked.
+
+        Where it made something else too, which was not used, the gradient would have come from there.
+        """
         tags = set[int]().union(*(passed.tags for passed in self.passes))
         behind: set[int] = set()
         last: Op | None = None
@@ -298,7 +302,9 @@ class Inspection(BackwardListener):
         if last is None:
             notes = (_words.NOT_IN_THE_GRAPH, _words.RULED_OUT)
             return Finding(Cause.UNDETERMINED, notes=notes)
-        return self._at(Cause.NON_DIFFERENTIABLE, last)
+        others = [number for number in last.outputs if number not in flow.reaching]
+        dropped = len(last.outputs) > 1 and any(self.trace.values[n].tracked for n in others)
+        return self._at(Cause.NOT_IN_LOSS if dropped else Cause.NON_DIFFERENTIABLE, last)
 
     def _cut(self, name: str, flow: Flow) -> Finding | None:
         cuts = flow.cuts.get(name)
@@ -308,7 +314,7 @@ class Inspection(BackwardListener):
         others = []
         for cut in cuts[1:]:
             other = self._judge(cut)
-            if other.site != first.site and other not in others:
+            if _line(other) != _line(first) and other not in others:
                 others.append(other)
         notes = tuple(_words.another_path(other.cause, other.site) for other in others[:3])
         notes = notes or (_NO_OTHER_USE,)
@@ -332,10 +338,17 @@ class Inspection(BackwardListener):
     def _wrapped(self, cause: Cause, op: Op) -> Finding:
         """Return where a value was wrapped as a new leaf, else where the leaf was first used."""
         reader = self._first_reader(op) or op
-        step = None if reader.place is None else wrapping(reader.place[:2])
-        if step is None:
+        maker = self.trace.values[op.inputs[0]].producer if op.inputs else None
+        made = None if maker is None else self.trace.ops[maker].place
+        text = (
+            None
+            if reader.place is None
+            else wrapping(reader.place[:2], None if made is None else made[:2])
+        )
+        if text is None:
             return Finding(cause, _frames.site_of(reader.place, reader.module), op.name)
-        return Finding(cause, _frames.site_of(_frames.Place(*step), reader.module), op.name)
+        site = _frames.site_in(text.file, text.span, text.function, reader.module)
+        return Finding(cause, site, op.name)
 
     def _first_reader(self, op: Op) -> Op | None:
         made = set(op.outputs)
@@ -371,9 +384,10 @@ class Inspection(BackwardListener):
         path = name.rpartition(".")[0]
         if flow.reads.get(name):
             return (_words.ONLY_WITHOUT_GRADIENT,)
-        if path and path in self._modules and path not in self.trace.modules_run:
+        holds_only = isinstance(self._modules.get(path), (nn.ParameterDict, nn.ParameterList))
+        if path and path in self._modules and path not in self.trace.modules_run and not holds_only:
             return (_words.did_not_run(self._whole_module_that_did_not_run(path)),)
-        return (_words.ran_without_it(path),)
+        return (_words.ran_without_it(path.rpartition(".")[0] if holds_only else path),)
 
     def _whole_module_that_did_not_run(self, path: str) -> str:
         """Return the largest module around one that did not run, no part of which ran."""
@@ -497,6 +511,10 @@ _BY_KIND = {
     Kind.EXIT: Cause.LEFT_TORCH,
     Kind.COPY_VALUES: Cause.LEFT_TORCH,
 }
+
+
+def _line(finding: Finding) -> tuple[str, int] | None:
+    return None if finding.site is None else (finding.site.file, finding.site.line)
 
 
 def _cause(op: Op) -> Cause:

@@ -14,6 +14,7 @@ import itertools
 import linecache
 import os
 import sysconfig
+from dataclasses import replace
 from enum import Enum, auto
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
@@ -55,6 +56,7 @@ _BY_FILE: dict[str, Owner] = {}
 _DISPATCHERS = tuple(f"{os.sep}torch{os.sep}{name}" for name in ("overrides.py", "_tensor.py"))
 _PLACES: dict[tuple[int, int, bool], Place] = {}
 _OPTIMIZERS: dict[int, tuple[bool, CodeType]] = {}
+_IN_DISTRIBUTIONS: dict[int, tuple[bool, CodeType]] = {}
 
 
 def _folder(package: str) -> str | None:
@@ -208,7 +210,13 @@ def switcher(frame: FrameType | None) -> FrameType | None:
 
 def is_distribution(code: CodeType) -> bool:
     """Tell whether the code belongs to ``torch.distributions``."""
-    return bool(_DISTRIBUTIONS) and os.path.realpath(code.co_filename).startswith(_DISTRIBUTIONS)
+    known = _IN_DISTRIBUTIONS.get(id(code))
+    if known is None:
+        inside = bool(_DISTRIBUTIONS) and os.path.realpath(code.co_filename).startswith(
+            _DISTRIBUTIONS
+        )
+        known = _IN_DISTRIBUTIONS[id(code)] = (inside, code)
+    return known[0]
 
 
 def is_optimizer(code: CodeType) -> bool:
@@ -231,24 +239,31 @@ def site_of(place: Place | None, module: str | None = None) -> Site | None:
 def _site(code: CodeType, instruction: int, module: str | None, caller: Site | None) -> Site:
     positions = next(itertools.islice(code.co_positions(), instruction // 2, None), (None,) * 4)
     line, end_line, column, end_column = positions
-    line = line or code.co_firstlineno
-    file = code.co_filename
+    span = (line or code.co_firstlineno, column, end_line, end_column)
+    return replace(site_in(code.co_filename, span, code.co_qualname, module), caller=caller)
+
+
+def site_in(
+    file: str,
+    span: tuple[int, int | None, int | None, int | None],
+    function: str,
+    module: str | None = None,
+) -> Site:
+    """Return the expression in a span of a file: first line, first byte column, last line, last column."""
+    line, column, end_line, end_column = span
+    text = linecache.getline(file, line).rstrip("\n")
+    last = text if end_line in {None, line} else linecache.getline(file, end_line or line)
     if not file.startswith("<"):
         file = os.path.abspath(file)  # noqa: PTH100 -- `resolve` follows links
-    text = linecache.getline(code.co_filename, line).rstrip("\n")
-    last = (
-        text if end_line in {None, line} else linecache.getline(code.co_filename, end_line or line)
-    )
     return Site(
         file=file,
         line=line,
         end_line=end_line,
         column=_characters(text, column),
         end_column=_characters(last, end_column),
-        function=_without_locals(code.co_qualname),
+        function=_without_locals(function),
         module=module,
         source=text or None,
-        caller=caller,
     )
 
 

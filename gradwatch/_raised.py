@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from gradwatch import _frames, _source, _words, explain
-from gradwatch._calls import Kind
+from gradwatch._calls import Kind, Wrapper
 from gradwatch._record import node_of
 from gradwatch.report import Diagnosis, Site, Status
 
@@ -188,16 +188,32 @@ def _kept_in(
     return (_statement(statements[0]) if statements else _at(reader.place)), ""
 
 
-def _wrong_count(message: str, inspection: Inspection, model: nn.Module) -> str | None:
-    """Explain a Function whose backward returned too few or too many gradients."""
-    del model
-    found = re.search(r"[Ff]unction (\w+) returned", message)
-    for passed in inspection.passes:
-        for node in passed.nodes:
-            if found is not None and node.custom and node.name == found[1] and node.tag >= 0:
-                place = inspection.trace.ops[node.tag].place
-                return _words.error_note("wrong_count", _at(place))
-    return None
+def _in_function(kind: str) -> Callable[[str, Inspection, nn.Module], str | None]:
+    """Explain what the ``backward`` of a Function did wrong by the call of the Function."""
+
+    def find(message: str, inspection: Inspection, model: nn.Module) -> str | None:
+        del model
+        named = re.search(r"[Ff]unction (\w+) returned", message)
+        ops = inspection.trace.ops
+        if named is None:
+            called = [op for op in ops if op.wrapper is Wrapper.CUSTOM_FUNCTION]
+            return _words.error_note(kind, _at(called[-1].place)) if called else None
+        for node in (node for passed in inspection.passes for node in passed.nodes):
+            if node.custom and node.name == named[1] and node.tag >= 0:
+                return _words.error_note(kind, _at(ops[node.tag].place))
+        return None
+
+    return find
+
+
+def _without_derivative(message: str, inspection: Inspection, model: nn.Module) -> str | None:
+    """Explain an operation without a derivative, which torch may say only in the backward pass."""
+    named = re.search(r"derivative for '?(?:aten::)?(\w+)", message)
+    wanted = "" if named is None else named[1].strip("_")
+    for op in reversed(inspection.trace.ops):
+        if wanted and op.name.rpartition(".")[2].strip("_") == wanted:
+            return _words.error_note("no_derivative", _at(op.place))
+    return _failing("no_derivative")(message, inspection, model)
 
 
 def _without_formula(message: str, inspection: Inspection, model: nn.Module) -> str | None:
@@ -253,12 +269,14 @@ _KINDS: tuple[tuple[str, Callable[[str, Inspection, nn.Module], str | None]], ..
     ("Inference tensors cannot be saved for backward", _failing("inference")),
     ("Inplace update to inference tensor", _failing("inference")),
     ("is not differentiable with respect to argument", _failing("no_derivative")),
-    ("is not implemented", _failing("no_derivative")),
+    ("is not implemented", _without_derivative),
     ("no autograd formula was registered", _without_formula),
     ("is being modified inplace", _failing("view_in_place")),
     ("Can't call numpy() on Tensor that requires grad", _failing("numpy")),
     ("nly Tensors of floating point", _failing("integer")),
     ("Only Tensors created explicitly by the user", _failing("copy_of_a_result")),
     ("appears to not have been used in the graph", _failing("not_in_graph")),
-    ("returned an incorrect number of gradients", _wrong_count),
+    ("returned an incorrect number of gradients", _in_function("wrong_count")),
+    ("returned an invalid gradient", _in_function("wrong_shape")),
+    ("marked with @once_differentiable", _in_function("once_differentiable")),
 )

@@ -30,6 +30,28 @@ _INNER = {"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"}
 _MANY = 3
 """Functions of one name in a file beyond which a call is not followed: none of them is meant for sure."""
 _FILLERS = {"append", "appendleft", "extend", "add", "insert", "update", "setdefault", "put"}
+_WRITERS = {
+    "copyto": 0,
+    "at": 0,
+    "put": 0,
+    "place": 0,
+    "putmask": 0,
+    "fill_diagonal": 0,
+    "save": 0,
+    "savez": 0,
+    "savetxt": 0,
+    "dump": 1,
+    "heappush": 0,
+    "heapreplace": 0,
+    "heappushpop": 0,
+    "insort": 0,
+    "insort_left": 0,
+    "insort_right": 0,
+}
+"""Functions of NumPy and of the standard library that write into one of their arguments, with its position."""
+_SETATTR = ("object", "name", "value")
+_SAME_MEMORY = {"numpy", "detach", "cpu", "view", "reshape", "ravel", "data", "T"}
+"""Methods and attributes whose result lies over the memory of the tensor or array."""
 _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.Module
 
 
@@ -177,6 +199,8 @@ class Marks:
         if marked is None or not isinstance(call, ast.Call):
             return False
         given = [*call.args, *(keyword.value for keyword in call.keywords)]
+        if isinstance(call.func, ast.Name):
+            given.append(call.func)  # a function that carries the value: a closure, a `partial`
         return any(marked.depends(argument) for argument in given)
 
     def _around(self, step: Step) -> _Marked | None:
@@ -216,6 +240,8 @@ def _operands(node: ast.AST, use: Use) -> list[ast.AST]:
         texts = [receiver, *node.args] if use.arity > len(node.args) else node.args
         named = {keyword.arg: keyword.value for keyword in node.keywords}
         found = [texts[k] for k in plain if isinstance(k, int) and k < len(texts)]
+        if any(isinstance(k, str) and k not in named for k in plain):
+            found.append(node.func)  # a `partial` brings what the text does not show
         return [*found, *(named[k] for k in plain if isinstance(k, str) and k in named)]
     return [node] if plain else []
 
@@ -370,6 +396,10 @@ class _Marked:
             self._assign([node.optional_vars], node.context_expr)
         elif isinstance(node, (ast.If, ast.While)):
             self._govern(node)
+        elif isinstance(node, ast.Match):
+            self._match(node)
+        elif isinstance(node, ast.YieldFrom):
+            self._return(node)
         elif isinstance(node, (ast.Return, ast.Yield)) and node.value is not None:
             self._return(node.value)
         else:
@@ -394,6 +424,22 @@ class _Marked:
                 if isinstance(loop, (ast.For, ast.While)) and node in ast.walk(loop):
                     self._governed.update(loop.body)
 
+    def _match(self, node: ast.Match) -> None:
+        """Note what a marked subject chooses: a case, and the names that it is taken apart into."""
+        data = self.depends(node.subject)
+        if not (data or self.chooses(node.subject)):
+            return
+        for case in node.cases:
+            self._governed.update(case.body)
+            captured = {
+                name
+                for inner in ast.walk(case.pattern)
+                for name in (getattr(inner, "name", None), getattr(inner, "rest", None))
+                if name is not None
+            }
+            if data:
+                self._own.data |= {("name", name) for name in captured}
+
     def _return(self, value: ast.expr) -> None:
         if isinstance(value, ast.Constant) and value.value is None:
             return
@@ -409,6 +455,9 @@ class _Marked:
 
     def _assign(self, targets: Iterable[ast.AST], value: ast.AST) -> None:
         data, chosen = self.depends(value), self.chooses(value)
+        if not data and (owner := _owner_of_memory(value)) is not None:
+            # `array = tensor.numpy()`: what is written into the array later is in the tensor.
+            self._mark(owner, data=False, chosen=any(map(self.depends, targets)))
         seed = self._seeds.get(value)
         for target in targets:
             parts = target.elts if isinstance(target, (ast.Tuple, ast.List)) else None
@@ -428,6 +477,9 @@ class _Marked:
                 self._mark(element, data=data, chosen=chosen)
         elif isinstance(target, ast.Starred):
             self._mark(target.value, data=data, chosen=chosen)
+        elif (owner := _owner_of_memory(target)) is not None:
+            # A tensor holds no Python data, but what Python wrote into it decides what it is.
+            self._mark(owner, data=data, chosen=data or chosen)
         else:
             key = self._key(target)
             if key is None and isinstance(target, ast.Subscript):
@@ -485,13 +537,46 @@ class _Marked:
     def _fill(self, call: ast.Call) -> None:
         """Mark a container into which a value was put, or that the value chose to fill."""
         method = call.func
+        values = [*call.args, *(keyword.value for keyword in call.keywords)]
+        data, chosen = any(map(self.depends, values)), any(map(self.chooses, values))
+        name = _called(call)
         if isinstance(method, ast.Attribute) and method.attr in _FILLERS:
-            values = [*call.args, *(keyword.value for keyword in call.keywords)]
-            self._mark(
-                method.value,
-                data=any(map(self.depends, values)),
-                chosen=any(map(self.chooses, values)) or self.governs(call),
-            )
+            self._mark(method.value, data=data, chosen=chosen or self.governs(call))
+        elif isinstance(method, ast.Attribute) and method.attr == "sort":
+            self._mark(method.value, data=False, chosen=data or self.depends(call))
+        elif name == "tofile" and isinstance(method, ast.Attribute):
+            self._write(call.args[:1], data=self.depends(method.value))
+        elif name == "setattr" and len(values) == len(_SETATTR):
+            self._set_attribute(*values, data=data, chosen=chosen)
+        elif name in _WRITERS:
+            self._write(call.args[_WRITERS[name] :][:1], data=data)
+
+    def _write(self, targets: Sequence[ast.AST], *, data: bool) -> None:
+        for target in targets:
+            self._mark(target, data=data, chosen=False)
+
+    def _set_attribute(
+        self, owner: ast.AST, name: ast.AST, value: ast.AST, *, data: bool, chosen: bool
+    ) -> None:
+        del value
+        if isinstance(name, ast.Constant) and isinstance(owner, ast.expr):
+            target = ast.Attribute(owner, str(name.value), ast.Store())
+            self._mark(target, data=data, chosen=chosen)
+
+
+def _owner_of_memory(node: ast.AST) -> ast.AST | None:
+    """Return the tensor whose memory an expression is a view of: ``h`` for ``h.numpy()[0]``."""
+    inner, is_array = node, False
+    while True:
+        if isinstance(inner, ast.Subscript):
+            inner = inner.value
+        elif isinstance(inner, ast.Call) and _called(inner) in _SAME_MEMORY:
+            is_array = is_array or _called(inner) == "numpy"
+            inner = inner.func
+        elif isinstance(inner, ast.Attribute) and inner.attr in _SAME_MEMORY:
+            inner = inner.value
+        else:
+            return inner if is_array and inner is not node else None
 
 
 @lru_cache(maxsize=256)
@@ -624,6 +709,14 @@ def keepings(cls: type, name: str) -> list[Statement]:
             for node in ast.walk(method)
             if (rank := _keeps(node, name, getattr(method, "name", ""))) is not None
         ]
+        found += [
+            (0, node)
+            for definition in _classes(module, base.__qualname__)
+            for method in definition.body
+            if getattr(method, "name", None) == name  # a `cached_property` keeps what it returns
+            for node in ast.walk(method)
+            if isinstance(node, ast.Return)
+        ]
         if found:
             return _statements(file, [node for _, node in sorted(found, key=lambda pair: pair[0])])
     return []
@@ -715,35 +808,82 @@ def _freezes(node: ast.AST) -> bool:
     )
 
 
-def _flat_targets(node: ast.Assign | ast.AnnAssign | ast.AugAssign) -> Iterator[ast.expr]:
+def _flat_targets(
+    node: ast.Assign | ast.AnnAssign | ast.AugAssign | ast.NamedExpr,
+) -> Iterator[ast.expr]:
     for target in _targets(node):
         yield from target.elts if isinstance(target, (ast.Tuple, ast.List)) else (target,)
 
 
-def wrapping(step: Step) -> tuple[CodeType, int] | None:
-    """Return the instruction before a step that wrapped a value as ``nn.Parameter`` in its function.
+@dataclass(frozen=True, slots=True)
+class Text:
+    """An expression in a file, found by reading the text."""
+
+    file: str
+    span: tuple[int, int, int, int]
+    """First line, first byte column, last line, byte column behind the last one."""
+    function: str
+    """Qualified name of the function that holds it."""
+
+
+def wrapping(reader: Step, maker: Step | None) -> Text | None:
+    """Return the call that wrapped a computed value as ``nn.Parameter``.
 
     Args:
-        step: Where the wrapped tensor was first used.
+        reader: Where the wrapped tensor was first used.
+        maker: Where the value under it was computed.
     """
-    code, instruction = step
+    around = None if maker is None else _wrap_around(maker)
+    return around or _wrap_before(reader)
+
+
+def _wrap_around(step: Step) -> Text | None:
+    """Return the wrap in whose argument an expression stands: ``nn.Parameter(w + noise)``."""
+    node = function(step[0])
+    inner = None if node is None else expression(step, node)
+    if node is None or inner is None:
+        return None
+    calls = [c for c in _wraps_in(node) if any(part is inner for part in ast.walk(c))]
+    return _text(step[0], calls[-1]) if calls else None
+
+
+def _wrap_before(step: Step) -> Text | None:
+    """Return the wrap that gave a name its value which an expression uses, in a helper of the file too."""
+    code = step[0]
     node = function(code)
     used = None if node is None else expression(step, node)
     if node is None or used is None:
         return None
     names = {inner.id for inner in ast.walk(used) if isinstance(inner, ast.Name)}
-    calls = {
-        _span_of(inner): any(isinstance(t, ast.Name) and t.id in names for t in _targets(statement))
+    makers = [
+        statement.value
         for statement in ast.walk(node)
         if isinstance(statement, (ast.Assign, ast.AnnAssign, ast.NamedExpr))
-        for inner in ast.walk(statement)
-        if isinstance(inner, ast.Call) and _called(inner) in {"Parameter", "Variable"}
-    }
-    chosen = [place for place, is_used in calls.items() if is_used]
-    for number, (line, end_line, column, end_column) in enumerate(code.co_positions()):
-        if (line, column, end_line, end_column) in chosen and 2 * number < instruction:
-            return code, 2 * number
+        and statement.value is not None
+        and statement.lineno <= used.lineno  # type: ignore[attr-defined]
+        and any(isinstance(t, ast.Name) and t.id in names for t in _flat_targets(statement))
+    ]
+    for call in (c for maker in makers for c in _wraps_in(maker)):
+        return _text(code, call)
+    module = tree(code.co_filename)
+    for maker in (m for m in (*makers, used) if isinstance(m, ast.Call)):
+        helpers = _definitions(module).get(_called(maker), ())
+        calls = [call for helper in helpers for call in _wraps_in(helper)]
+        if len(calls) == 1:
+            owner = _classes_of_methods(module).get(helpers[0])
+            name = f"{owner}.{helpers[0].name}" if owner else helpers[0].name
+            return _text(code, calls[0], name)
     return None
+
+
+def _wraps_in(node: ast.AST) -> list[ast.Call]:
+    calls = (inner for inner in ast.walk(node) if isinstance(inner, ast.Call))
+    return [call for call in calls if _called(call) in {"Parameter", "Variable"}]
+
+
+def _text(code: CodeType, node: ast.AST, name: str | None = None) -> Text | None:
+    place = _span_of(node)
+    return None if place is None else Text(code.co_filename, place, name or code.co_qualname)
 
 
 def _called(call: ast.Call) -> str:

@@ -570,12 +570,14 @@ class Trace(Record):
             version, memory = result._version, result.untyped_storage().data_ptr()
         except (RuntimeError, NotImplementedError, ValueError):  # rare kinds of tensors
             return False
+        tracked = node is not None
+        if not tracked and numbers and _frames.is_distribution(frame.f_code):
+            return False
         index, number = len(self.ops), len(self.values)
         module = self._running[-1][0] if self._running else ""
         op = Op(index, func, _PLAIN, tuple(numbers), _frames.here(frame), module)
         op.outputs = (number,)
         self.ops.append(op)
-        tracked = node is not None
         if tracked:
             node.metadata[self.tag] = index
         self.values.append(Value(index, tracked))
@@ -616,6 +618,8 @@ class Trace(Record):
             return
         if kind is Kind.SET_FLAG:
             return
+        if kind is Kind.CONVERT:
+            kind = _converted(call, result)
         writes = call.traits.writes or kind is Kind.SET_DATA
         made = [result] if isinstance(result, Tensor) else _made(call, result)
         given = [any(tensor is other for other in call.read) for tensor in made]
@@ -635,7 +639,8 @@ class Trace(Record):
 
     def _complete(self, op: Op, call: _Call, frame: Any) -> None:
         """Add what only some operations have: a call that owns it, arguments from Python."""
-        if not op.grad_mode or frame.f_code.co_name == "__deepcopy__":
+        code = frame.f_code
+        if not op.grad_mode or code.co_name == "__deepcopy__" or _frames.is_distribution(code):
             found = find_wrapper(frame, self._grad_off_depth)
             if found is not None:
                 op.inner = op.place
@@ -672,6 +677,8 @@ class Trace(Record):
 
     def _leave_torch(self, call: _Call, result: Any, frame: Any) -> None:
         place = _frames.here(frame)
+        if isinstance(result, str) and call.args[0].dim():
+            return  # text for a person; that of a single number may be read again
         if isinstance(result, bool) and not _frames.is_call_from(frame, call.func, place):
             return  # torch checks its own arguments: nothing is handed to the user
         self._exited = True
@@ -830,6 +837,13 @@ class Trace(Record):
 def has_closure(args: Any, kwargs: Mapping[str, Any]) -> bool:
     """Tell whether an optimizer's step was given a closure; the first argument is the optimizer."""
     return len(args) > 1 or kwargs.get("closure") is not None
+
+
+def _converted(call: _Call, result: Any) -> Kind:
+    """Return what a conversion did: the values of a list are copied, a tensor may keep its history."""
+    if not (call.args and isinstance(call.args[0], Tensor)):
+        return Kind.COPY_VALUES
+    return Kind.PLAIN if getattr(result, "requires_grad", True) else Kind.SEVER
 
 
 def _made(call: _Call, result: Any) -> list[Tensor]:

@@ -94,6 +94,11 @@ HELPS = {
     Cause.ZERO_GRADIENT: "look for a mask, a factor of zero, or a saturated input in this expression",
     Cause.NONFINITE_GRADIENT: "keep the inputs of {call} where its derivative is finite",
 }
+HELPS_OUT_OF_SIGHT = {
+    Cause.DETACHED: "this call drops the history of the value: use the value itself to train {it}, or {freeze}",
+    Cause.LEFT_TORCH: "go on with the tensor itself in place of {call}, or {freeze}",
+}
+"""What to do where the user's expression does not show the operation that a call makes inside."""
 _FLOATING = "keep the value in floating point up to the loss"
 _RSAMPLE = "use `rsample()`, or add `log_prob` of the sample to the loss"
 _BOUNDS = "widen the bounds of {call}: outside of them its derivative is zero"
@@ -103,7 +108,11 @@ HELPS_BY_OPERATION = {
     for cause, words, text in (
         (Cause.DETACHED, "Parameter", "use the computed tensor itself, without `nn.Parameter`"),
         (Cause.DETACHED, "deepcopy", "use the tensor itself, not a copy of it, or {freeze}"),
-        (Cause.LEFT_TORCH, "tensor", "use `torch.stack` in place of {call}, which copies numbers"),
+        (
+            Cause.LEFT_TORCH,
+            "tensor as_tensor",
+            "use the tensors themselves, joined by `torch.stack`, in place of {call}, which copies numbers",
+        ),
         (Cause.LEFT_TORCH, "bool", "choose with `torch.where`, which keeps the value in the graph"),
         (Cause.NO_GRAD, "grad", "pass `create_graph=True`, so that the result has a history"),
         (Cause.NON_DIFFERENTIABLE, "argmax argmin multinomial getitem", _SOFT),
@@ -123,6 +132,7 @@ ONLY_WITHOUT_GRADIENT = (
     "read only where gradient mode is off, by operations that the loss does not need"
 )
 IN_THE_GRAPH = "the autograd graph of the loss leads to it, and no gradient arrived"
+TAKEN = "a hook on it, or on its way, may have taken the gradient away"
 NOT_IN_THE_GRAPH = "the autograd graph of the loss does not lead to it"
 COMPUTED_EARLIER = "the value was computed before this step, and is used in the parameter's place"
 INSIDE_TRANSFORMS = "values inside of `torch.func` transforms cannot be followed"
@@ -390,6 +400,14 @@ ERRORS = {
     "wrong_count": (
         "the `backward` of this Function returns another number of gradients than `forward` takes",
         "return one value for each argument of `forward` after `ctx`, and None where there is none",
+    ),
+    "wrong_shape": (
+        "the `backward` of this Function returns a gradient that does not have the shape of its argument",
+        "return each gradient in the shape of the argument of `forward` that it belongs to: sum over what was broadcast",
+    ),
+    "once_differentiable": (
+        "the `backward` of this Function is marked with `@once_differentiable`, and is differentiated here",
+        "write `backward` with operations of torch and without the mark, or do without `create_graph=True`",
     ),
     "no_formula": (
         "this custom operator has no derivative",

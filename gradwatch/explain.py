@@ -185,6 +185,9 @@ def help_for(
         'remove `.detach()` to train them, or freeze `a` with `requires_grad_(False)`'
     """
     template = _words.HELPS_BY_OPERATION.get((cause, _word(operation))) or _words.HELPS.get(cause)
+    call = _call(operation) or ("this call" if site else "the call")
+    if cause in _words.HELPS_OUT_OF_SIGHT and not _shows(site, _word(operation)):
+        template, call = _words.HELPS_OUT_OF_SIGHT[cause], "this call"
     if template is None:
         return None
     it = "it" if len(parameters) == 1 else "them"
@@ -193,8 +196,16 @@ def help_for(
         it=it,
         owner=owner or it,
         freeze=f"freeze {owner or it} with `requires_grad_(False)`",
-        call=_call(operation) or ("this call" if site else "the call"),
+        call=call,
     )
+
+
+def _shows(site: Site | None, word: str) -> bool:
+    """Tell whether the user's expression names an operation, as far as it is one line that is known."""
+    place = site.caller if site and site.caller else site
+    if place is None or not place.source or place.end_line not in {None, place.line}:
+        return True
+    return word.strip("_") in place.source
 
 
 def explain(cause: Cause | str) -> str:

@@ -8,6 +8,8 @@ that ``expect`` does not name must get a gradient.
 from __future__ import annotations
 
 import copy
+import functools
+import io
 import math
 
 import numpy as np
@@ -823,6 +825,185 @@ class DeletedGradient(Case):
     def backward(self, loss):
         loss.backward()
         del self.enc.bias.grad  # <- here
+
+
+# Out of torch and back, by less usual ways --------------------------------------------------------
+
+
+class StackedByAsTensor(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        rows = torch.as_tensor([[*row] for row in self.enc(x)])  # <- here
+        return self.head(rows).mean()
+
+
+class HandedOnByAsTensor(Case):
+    def forward(self, x):
+        return self.head(torch.as_tensor(self.enc(x))).mean()
+
+
+class DetachedByAsArray(Case):
+    expect = {"detached": ENC}
+
+    def forward(self, x):
+        return self.head(torch.asarray(self.enc(x), requires_grad=False)).mean()  # <- here
+
+
+class ReadBackFromText(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        text = f"{self.enc(x).mean():.4f}"  # <- here
+        return self.head(x * float(text)).mean()
+
+
+class PrintedOnly(Case):
+    expect = {"not_in_loss": ENC}
+
+    def forward(self, x):
+        self.text = f"{self.enc(x).mean():.4f}"  # <- here
+        return self.head(x).mean()
+
+
+class ChosenByMatch(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        match round(self.enc(x).mean().item()) % 2:  # <- here
+            case 0:
+                scaled = x * 2
+            case other:
+                scaled = x * other
+        return self.head(scaled).mean()
+
+
+class CopiedIntoAnArray(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        rows = np.zeros((4, 3), np.float32)
+        np.copyto(rows, self.enc(x).detach().numpy())  # <- here
+        return self.head(torch.from_numpy(rows)).mean()
+
+
+class AddedIntoATensorsArray(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        rows = torch.zeros(4, 3)
+        np.add.at(rows.numpy(), [0, 1, 2, 3], self.enc(x).detach().numpy())  # <- here
+        return self.head(rows).mean()
+
+
+class WrittenIntoATensorsArray(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        rows = torch.zeros(4, 3)
+        rows.numpy()[:] = self.enc(x).detach().numpy()  # <- here
+        return self.head(rows).mean()
+
+
+class AddedToATensorsArray(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        rows = torch.zeros(4, 3)
+        array = rows.numpy()
+        array += self.enc(x).detach().numpy()  # <- here
+        return self.head(rows).mean()
+
+
+class SavedAndLoaded(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        file = io.BytesIO()
+        np.save(file, self.enc(x).detach().numpy())  # <- here
+        file.seek(0)
+        return self.head(torch.from_numpy(np.load(file))).mean()
+
+
+class SortedByAKey(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        scores = self.enc(x).sum(1)
+        order = [0, 1, 2, 3]
+        order.sort(key=lambda row: scores[row].item())  # <- here
+        return self.head(x[order[:2]]).mean()
+
+
+class InAPartial(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        loss = functools.partial(F.huber_loss, delta=self.enc(x).exp().mean().item())  # <- here
+        return loss(self.head(x), torch.zeros(4, 1))
+
+
+class SetByName(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        setattr(self, "factor", self.enc(x).mean().item())  # <- here  # noqa: B010
+        return self.head(x * self.factor).mean()
+
+
+class YieldedFromASampler(Case):
+    expect = {"non_differentiable": ENC}
+
+    def rows(self, x):
+        yield from self.enc(x).sum(1).argsort().tolist()  # <- here
+
+    def forward(self, x):
+        return self.head(x[list(self.rows(x))[:2]]).mean()
+
+
+class WrappedInAHelper(Case):
+    expect = {"detached": ENC}
+
+    def wrapped(self, h):
+        return nn.Parameter(h)  # <- here
+
+    def forward(self, x):
+        rows = self.wrapped(self.enc(x))
+        return self.head(rows).mean()
+
+
+class SwappedIntoTheDictionary(Case):
+    expect = {"detached": ("enc.weight",)}
+
+    def forward(self, x):
+        kept = self.enc.weight
+        self.enc._parameters["weight"] = nn.Parameter(kept * 2)  # <- here
+        loss = self.head(self.enc(x)).mean()
+        self.enc._parameters["weight"] = kept  # type: ignore[assignment]
+        return loss
+
+
+class AttentionWeightsAlone(Case):
+    """Of two results of one call the one that a parameter leads to is dropped."""
+
+    expect = {"not_in_loss": ("mix.out_proj.weight", "mix.out_proj.bias")}
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.MultiheadAttention(3, 1)
+
+    def forward(self, x):
+        h = self.enc(x)
+        _, weights = self.mix(h, h, h)  # <- here
+        return (self.head(h) * weights).pow(2).mean()
+
+
+class SampledFromCategories(Case):
+    expect = {"non_differentiable": ENC}
+
+    def forward(self, x):
+        kinds = torch.distributions.Categorical(logits=self.enc(x)).sample()  # <- here
+        return self.head(F.one_hot(kinds, 3).float()).mean()
 
 
 # More that is healthy ------------------------------------------------------------------------------

@@ -518,7 +518,29 @@ def test_summary_line(statuses, expected):
 )
 def test_help(cause, operation, parameters, expected):
     """The help names the operation to change and the parameters it is about."""
-    assert help_for(cause, operation, parameters, SITE) == expected
+    assert help_for(cause, operation, parameters, Site("net.py", 3)) == expected
+
+
+def test_help_names_no_operation_that_the_user_did_not_write():
+    """Where a call makes the operation inside of itself, the call is named, and not the operation."""
+    there = Site("net.py", 3, source="        h = self.base(x).detach()")
+    inside = Site("net.py", 3, source="        h = load(self.base.state_dict())")
+    wrapped = Site("net.py", 3, source="        h = nn.Embedding.from_pretrained(h)")
+
+    texts = [
+        help_for(Cause.DETACHED, "torch.Tensor.detach", ["w"], there),
+        help_for(Cause.DETACHED, "torch.Tensor.detach", ["w"], inside),
+        help_for(Cause.DETACHED, "torch.nn.Parameter", ["w"], wrapped),
+        help_for(Cause.LEFT_TORCH, "torch.Tensor.__float__", ["w"], inside),
+    ]
+    freeze = "or freeze `w` with `requires_grad_(False)`"
+    hidden = f"this call drops the history of the value: use the value itself to train it, {freeze}"
+    assert texts == [
+        f"remove `.detach()` to train it, {freeze}",
+        hidden,
+        hidden,
+        f"go on with the tensor itself in place of this call, {freeze}",
+    ]
 
 
 def test_help_for_every_cause():

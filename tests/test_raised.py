@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+from functools import cached_property
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from gradwatch import Watcher, diagnose
@@ -311,6 +313,69 @@ class WrongNumberOfGradients(Net):
 
     def forward(self, x):
         return self.head(TooFew.apply(self.enc(x), 2.0)).mean()  # <- here
+
+
+class WrongShape(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.mean(0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[:1]
+
+
+class WrongShapeOfAGradient(Net):
+    words = "returned an invalid gradient"
+    advice = "return each gradient in the shape of the argument"
+
+    def forward(self, x):
+        return WrongShape.apply(self.enc(x)).mean()  # <- here
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class TwiceDifferentiated(Net):
+    words = "marked with @once_differentiable"
+    advice = "do without `create_graph=True`"
+
+    def forward(self, x):
+        return Once.apply(self.enc(x)).pow(2).mean()  # <- here
+
+    def run(self, x):
+        (grad,) = torch.autograd.grad(self(x), self.enc.weight, create_graph=True)
+        grad.sum().backward()
+
+
+class CountedWithWeights(Net):
+    words = "is not implemented"
+    advice = "use a differentiable operation"
+
+    def forward(self, x):
+        cells = torch.tensor([0, 1, 1, 0])
+        return torch.bincount(cells, self.enc(x)[:, 0]).sum()  # <- here
+
+
+class CachedProperty(Net):
+    words = "backward through the graph a second time"
+    advice = "compute it anew in every step"
+    steps = 2
+
+    def run(self, x):
+        (x @ self.basis).mean().backward()
+
+    @cached_property
+    def basis(self):
+        return torch.tanh(self.enc.weight)  # <- here
 
 
 CASES = [
