@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 TAG_UNKNOWN = -1
 
@@ -49,6 +49,8 @@ class Passed:
     """Per node the positions in its ``children`` that it gave no gradient; only hooked nodes are seen."""
     sizes: dict[tuple[int, int], float] = field(default_factory=dict)
     """Largest absolute value of the gradient handed on, by node and position; -1.0 if it was empty."""
+    totals: dict[int, float] = field(default_factory=dict)
+    """The same of what came to a node in all, where it handed on zeros; on the CPU alone."""
 
     broken: Exception | None = None
     """A failure of ours, after which ``sizes`` are incomplete."""
@@ -106,12 +108,21 @@ class Passed:
         todo = [number for number, node in enumerate(self.nodes) if node.leaf == leaf]
         while todo:
             number = todo.pop(0)
+            # Zero in all though not one by one: they cancel where the last of them was computed.
+            cancelling = [
+                self.nodes[parent].tag
+                for parent, size in edges.get(number, ())
+                if zero and size > 0.0 and math.isfinite(size)
+            ]
+            if len(cancelling) > 1:
+                return max(cancelling)
             for parent, size in edges.get(number, ()):
                 if not bad(size) or parent in seen:
                     continue
                 seen.add(parent)
                 arrived = incoming.get(parent, [])
                 worst = all(map(bad, arrived)) if zero else any(map(bad, arrived))
+                worst = worst or (zero and self.totals.get(parent) == 0.0)
                 if arrived and worst:
                     todo.append(parent)
                 elif self.nodes[parent].tag >= 0:
@@ -218,6 +229,8 @@ def _observer(
                     size = _size(gradient)
                     if isinstance(size, float):
                         passed.sizes[number, position] = size
+                        if size == 0.0:
+                            passed.totals[number] = _largest(grad_outputs)
                     else:
                         measured.append(((number, position), size))
             if missing and any(gradient is not None for gradient in grad_outputs):
@@ -228,13 +241,21 @@ def _observer(
     return observe
 
 
+def _largest(gradients: Sequence[Tensor | None]) -> float:
+    """Return the largest absolute value of several gradients on the CPU."""
+    return max((float(_size(g)) for g in gradients if g is not None), default=-1.0)
+
+
 def _size(gradient: Tensor) -> float | Tensor:
     """Return the largest absolute value of a gradient; on another device than the CPU as a tensor."""
     if gradient.layout is not torch.strided or torch.is_grad_enabled():
         with torch.no_grad():
             gradient = gradient.detach()
             if gradient.is_sparse:
+                whole = gradient.numel()
                 gradient = gradient.coalesce().values()
+                if whole and not gradient.numel():
+                    return 0.0
             elif gradient.layout is not torch.strided:
                 gradient = gradient.to_dense()
     if gradient.numel() == 0:

@@ -91,6 +91,28 @@ def test_an_empty_selection_is_the_origin_of_its_zeros():
     assert watched(loss).origin(id(a), zero=True) == 2
 
 
+def test_a_sparse_gradient_without_entries_is_zero():
+    """Rows that padding alone selects give a sparse gradient with nothing in it, which is a zero."""
+    table = nn.Embedding(4, 2, sparse=True, padding_idx=0)
+    passed = watched(tag(table(torch.tensor([0, 0])), 1).sum())
+
+    assert passed.origin(id(table.weight), zero=True) == 1
+
+
+def test_gradients_that_cancel_have_their_origin_where_the_last_was_computed():
+    """Two gradients that add up to zero, on the way or at the parameter, are led back to what made them."""
+    a = nn.Parameter(torch.ones(2))
+    at_the_end = watched(tag(tag(a * 3, 1) - tag(a * 3, 2), 3).sum())
+    h = tag(a * 2, 1)
+    on_the_way = watched(tag(tag(5 - h, 2) + h, 3).sum())
+    b = nn.Parameter(torch.ones(2))
+    half = watched(tag(tag(b * 3, 1) - tag(b * 2, 2), 3).sum())
+
+    assert at_the_end.origin(id(a), zero=True) == 2
+    assert on_the_way.origin(id(a), zero=True) == 3
+    assert half.origin(id(b), zero=True) is None
+
+
 def test_sparse_and_complex_gradients_are_measured():
     """Gradients of embeddings and of complex parameters have a size too."""
     table = nn.Embedding(4, 2, sparse=True)
