@@ -270,7 +270,8 @@ def assembled(values: Mapping[str, bytes]) -> History:
     """Return the history that the newest value of each of our tags holds.
 
     Args:
-        values: Bytes by tag.
+        values: Bytes by tag, in the order in which they were written. What a run that was resumed wrote
+            takes the place of what came after its checkpoint before.
 
     Raises:
         HistoryError: They are of a newer format, or damaged.
@@ -283,7 +284,7 @@ def assembled(values: Mapping[str, bytes]) -> History:
         }
         chunks = [
             _unpacked(zlib.decompress(value))
-            for tag, value in sorted(values.items())
+            for tag, value in values.items()
             if tag.startswith(f"{PREFIX}/chunk/")
         ]
         found = values.get(f"{PREFIX}/findings")
@@ -306,10 +307,21 @@ def _unpacked(raw: bytes) -> _Chunk:
     return number, axes, cells.reshape(2, width, count)
 
 
+def _valid(chunks: Sequence[_Chunk]) -> list[_Chunk]:
+    """Return the chunks without the rows that a later one begins before."""
+    kept: list[_Chunk] = []
+    end = np.iinfo(np.int64).max
+    for number, axes, cells in reversed(chunks):
+        rows = axes[0] < end
+        kept.append((number, axes[:, rows], cells[:, :, rows]))
+        end = min(end, int(axes[0].min(initial=end)))
+    return kept[::-1]
+
+
 def _joined(sets: Mapping[int, Sequence[str]], chunks: Sequence[_Chunk], report: Report) -> History:
     names = tuple(dict.fromkeys(name for _, known in sorted(sets.items()) for name in known))
     index = {name: position for position, name in enumerate(names)}
-    chunks = [chunk for chunk in chunks if chunk[0] in sets]
+    chunks = _valid([chunk for chunk in chunks if chunk[0] in sets])
     total = sum(axes.shape[1] for _, axes, _ in chunks)
     cells = np.zeros((2, total, len(names)), np.uint8)
     cells[0] = ABSENT
@@ -380,7 +392,7 @@ def read_history(log_dir: str | os.PathLike[str]) -> History:
 
 
 def histories(log_dir: str | os.PathLike[str]) -> dict[str, dict[str, bytes]]:
-    """Return the newest value of each of our tags, for each run below a folder."""
+    """Return the newest value of each of our tags, the oldest first, for each run below a folder."""
     from tensorboard.backend.event_processing.event_file_loader import (  # noqa: PLC0415 -- slow
         RawEventFileLoader,
     )
@@ -394,10 +406,12 @@ def histories(log_dir: str | os.PathLike[str]) -> dict[str, dict[str, bytes]]:
                 continue
             for value in Event.FromString(raw).summary.value:
                 if value.tag.startswith(f"{PREFIX}/") and value.tensor.string_val:
+                    values.pop(value.tag, None)  # what is written again is the newest
                     values[value.tag] = value.tensor.string_val[0]
         if values:
             run = str(file.parent.relative_to(log_dir))
-            found[run] = found.get(run, {}) | values
+            older = {t: v for t, v in found.get(run, {}).items() if t not in values}
+            found[run] = older | values
     return found
 
 

@@ -221,7 +221,19 @@ def test_a_resumed_run_keeps_the_old_steps(tmp_path: Path):
 
     history = read_history(tmp_path)
 
-    assert sorted(set(history.batches.tolist())) == list(range(70))
+    assert history.batches.tolist() == list(range(70))
+    assert history.status[:, 0].tolist() == [MISSING.code] * 30 + [OK.code] * 40
+
+
+def test_what_came_after_the_checkpoint_that_was_resumed_is_forgotten():
+    """Rows of a run that was killed stand no longer behind those of the run that took its place."""
+    killed = recorded(Recorder(), *((b, {"a": MISSING}, {}) for b in range(110)))
+    resumed = recorded(Recorder(), *((b, {"a": OK}, {"a": 1.0}) for b in range(50, 100)))
+
+    history = assembled({t: v for t, v in killed.items() if t not in resumed} | resumed)
+
+    assert history.batches.tolist() == list(range(100))
+    assert history.status[:, 0].tolist() == [MISSING.code] * 50 + [OK.code] * 50
 
 
 def test_folders_without_a_run_or_with_several_are_told_apart(tmp_path: Path):

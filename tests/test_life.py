@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from gradwatch import Cause, GradWatch, Status
+from gradwatch import Cause, GradWatch, Status, read_history
 from gradwatch.sinks import MemorySink
 from tests.conftest import QUIET
 
@@ -314,3 +318,79 @@ def test_a_run_without_any_step_says_so(caplog: pytest.LogCaptureFixture):
     assert reports == []
     said = [record.getMessage() for record in caplog.records if record.name == "gradwatch"]
     assert said == ["no optimizer step was seen in this run, so that nothing was judged"]
+
+
+KILLED = """
+import os
+import signal
+import sys
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import nn
+from torch.utils.data import DataLoader
+
+from gradwatch import GradWatch
+
+
+class Net(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        return (self.left(batch) + self.right(batch).detach()).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+class Kill(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        for logger in trainer.loggers:
+            logger.experiment.flush()
+        if trainer.global_step == 110 and len(sys.argv) < 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, log_every_n_steps=1, enable_progress_bar=False,
+        enable_model_summary=False, logger=TensorBoardLogger("logs", "", "run"),
+        callbacks=[GradWatch(), ModelCheckpoint("kept", every_n_train_steps=90), Kill()],
+    )
+    data = DataLoader(torch.ones(300, 2), batch_size=2)
+    trainer.fit(Net(), data, ckpt_path=sys.argv[1] if len(sys.argv) > 1 else None)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_loses_a_chunk_at_most_and_resumes(tmp_path: Path):
+    """After SIGKILL the history holds all but the last chunk; a resumed run goes on where its checkpoint was."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+
+    def run(*arguments: str) -> int:
+        return subprocess.run(  # noqa: S603
+            [sys.executable, script, *arguments],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            timeout=100,
+            check=False,
+        ).returncode
+
+    killed = run()
+    before = read_history(tmp_path / "logs" / "run")
+    (saved,) = (tmp_path / "kept").glob("*.ckpt")
+    resumed = run(str(saved))
+    after = read_history(tmp_path / "logs" / "run")
+
+    assert (killed, resumed) == (-signal.SIGKILL, 0)
+    assert before.batches.tolist() == list(range(len(before.batches)))
+    assert 110 - 32 <= len(before.batches) <= 110
+    # From the checkpoint at 90 on, each batch stands there again, and none twice.
+    assert after.batches.tolist() == list(range(150))
+    assert [d.cause for d in after.report.diagnoses] == [Cause.DETACHED]

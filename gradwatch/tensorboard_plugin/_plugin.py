@@ -129,7 +129,7 @@ class Plugin(base_plugin.TBPlugin):  # type: ignore[misc] # tensorboard has no t
         return known
 
     def _read(self, request: Any, run: str, versions: Mapping[str, Any]) -> dict[str, bytes]:
-        """Return the newest value of each tag; those that have not changed are kept."""
+        """Return the newest value of each tag, the oldest first; those that have not changed are kept."""
         kept = self._values.setdefault(run, {})
         stale = [tag for tag, version in versions.items() if kept.get(tag, (None,))[0] != version]
         for first in range(0, len(stale), _AT_ONCE):
@@ -144,7 +144,8 @@ class Plugin(base_plugin.TBPlugin):  # type: ignore[misc] # tensorboard has no t
             for tag, data in read.get(run, {}).items():
                 if data:
                     kept[tag] = (versions[tag], _bytes(data[-1].numpy))
-        return {tag: kept[tag][1] for tag in versions if tag in kept}
+        written = sorted(versions, key=lambda tag: (versions[tag][1], tag))
+        return {tag: kept[tag][1] for tag in written if tag in kept}
 
 
 def _bytes(value: Any) -> bytes:
