@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 from torch import nn
 
@@ -134,30 +133,44 @@ def test_no_hook_stays_on_the_graph():
     assert passed.sizes == before
 
 
-def test_a_size_is_exact_in_every_order_of_memory():
-    """Expanded, transposed, sliced, tiny, huge and infinite gradients have their largest absolute value."""
+def test_a_size_tells_zeros_and_what_is_not_finite_in_every_order_of_memory():
+    """Zeros alone are 0, NaN and infinity stay, nothing is negative, and everything else is positive."""
     matrix = torch.tensor([[1.0, -7.0, 2.0], [3.0, 0.0, 5.0]])
-    gradients = {
+    big = torch.zeros(100, 100)
+    big[-1, -1] = -1e-30
+    positive = {
         "expanded": torch.tensor([-2.0, 1.0]).expand(3, 2),
         "transposed": matrix.t(),
         "sliced": matrix[:, ::2],
-        "of one number": torch.tensor(-3.0).expand(4, 4),
+        "of numbers that cancel": torch.tensor([3.0, -3.0]),
+        "of one number": torch.tensor(-3.0).expand(100, 100),
         "tiny": torch.tensor([0.0, -1e-30]),
-        "huge": torch.tensor([1e30, 0.0]),
+        "huge": torch.tensor([3e38, 3e38]),
+        "half": torch.tensor([6e4, 6e4], dtype=torch.float16),
+        "large, transposed, and nearly zero": big.t(),
+    }
+    others = {
         "infinite": torch.tensor([1.0, -torch.inf]),
-        "half": torch.tensor([0.5, -4.0], dtype=torch.float16),
         "empty": torch.zeros(0),
+        "zero": torch.zeros(3, 2).t(),
+        "negative zero": torch.tensor([-0.0, 0.0]),
     }
 
-    assert {name: _size(gradient) for name, gradient in gradients.items()} == {
-        "expanded": 2.0,
-        "transposed": 7.0,
-        "sliced": 5.0,
-        "of one number": 3.0,
-        "tiny": pytest.approx(1e-30),
-        "huge": pytest.approx(1e30),
-        "infinite": torch.inf,
-        "half": 4.0,
+    assert [name for name, g in positive.items() if not 0 < _size(g) < math.inf] == []
+    assert {name: _size(g) for name, g in others.items()} == {
+        "infinite": math.inf,
         "empty": -1.0,
+        "zero": 0.0,
+        "negative zero": 0.0,
     }
-    assert math.isnan(_size(torch.tensor([1.0, torch.nan, 2.0])))
+    assert math.isnan(_size(torch.tensor([math.nan, 1.0])))
+
+
+def test_a_zero_that_views_hand_on_is_followed_through_them():
+    """Views are not observed, and the origin of what they hand on is found all the same."""
+    a, b = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3))
+    h = tag((tag(a * 1, 1) * 0), 2).t().unsqueeze(0).transpose(1, 2).view(6)
+    kept = tag(b * 2, 3).t().reshape(6)
+    passed = watched((h + kept).view(2, 3).sum())
+
+    assert [passed.origin(id(leaf), zero=True) for leaf in (a, b)] == [2, None]
