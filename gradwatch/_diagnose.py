@@ -20,14 +20,14 @@ from gradwatch import _frames, _words, explain
 from gradwatch._calls import Kind, Wrapper
 from gradwatch._flow import Cut, Flow, follow
 from gradwatch._graph import Passed, walk, watched_backward
-from gradwatch._record import Op, label_of
+from gradwatch._record import Backward, Op, label_of
 from gradwatch._source import Marks, Use, derived_attributes, wrapping
 from gradwatch._stats import Sensor
 from gradwatch._trace import BackwardListener, Trace
 from gradwatch.report import Cause, Diagnosis, Severity, Site, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -267,18 +267,31 @@ class Inspection(BackwardListener):
 
     def _not_requested(self, name: str, *, reached: bool) -> Finding | None:
         leaf = id(self.parameters[name])
-        for backward in self.trace.backwards:
-            left_out = backward.inputs is not None and leaf not in backward.inputs
-            if left_out and reached and backward.accumulates:
-                site = _frames.site_of(backward.place)
-                return Finding(Cause.NOT_REQUESTED, site, "torch.Tensor.backward")
         if any(backward.accumulates for backward in self.trace.backwards):
-            return None
-        for backward in self.trace.backwards:
-            site = _frames.site_of(backward.place)
-            notes = (_words.GRAD_FILLS_NOTHING,)
-            return Finding(Cause.NOT_REQUESTED, site, "torch.autograd.grad", notes)
-        return None
+            asked = [
+                backward
+                for backward in self.trace.backwards
+                if backward.inputs is not None
+                and leaf not in backward.inputs
+                and reached
+                and backward.accumulates
+            ]
+            site = self._that_leads_to(name, asked)
+            return None if site is None else self._asked_others(site, "torch.Tensor.backward")
+        site = self._that_leads_to(name, self.trace.backwards)
+        notes = (_words.GRAD_FILLS_NOTHING,)
+        return None if site is None else self._asked_others(site, "torch.autograd.grad", notes)
+
+    def _that_leads_to(self, name: str, backwards: Sequence[Backward]) -> Backward | None:
+        """Return the backward pass from which a parameter can be reached, of several."""
+        for backward in backwards if len(backwards) > 1 else ():
+            if name in follow(self.trace, [name], backward.roots).connected:
+                return backward
+        return backwards[0] if backwards else None
+
+    @staticmethod
+    def _asked_others(backward: Backward, call: str, notes: tuple[str, ...] = ()) -> Finding:
+        return Finding(Cause.NOT_REQUESTED, _frames.site_of(backward.place), call, notes)
 
     def _broken(self, name: str, flow: Flow) -> Finding:
         """Name the operation at which the autograd graph ends though its inputs were tracked.
@@ -414,17 +427,21 @@ class Inspection(BackwardListener):
     def _made_before(self, name: str, flow: Flow) -> Finding | None:
         """Look for an attribute that was computed from the parameter before the pass began."""
         path, _, short = name.rpartition(".")
-        module = self._modules.get(path)
-        if module is None:
-            return None
-        derived = derived_attributes(type(module), short)
-        for number, value in enumerate(self.trace.values):
-            if value.attribute is None or number not in flow.reaching:
+        parts = path.split(".") if path else []
+        # The module of the parameter, then those around it, whose text reads `self.child.weight`.
+        for depth in range(len(parts), -1, -1):
+            owner, child = ".".join(parts[:depth]), next(iter(parts[depth:]), None)
+            module = self._modules.get(owner)
+            if module is None or type(module).__module__.startswith("torch."):
                 continue
-            if value.attribute[0] == path and value.attribute[1] in derived:
-                statement, functions = derived[value.attribute[1]]
-                site = Site(statement.file, statement.line, module=path, source=statement.text)
-                return Finding(_cause_in(functions), site, None, (_words.COMPUTED_EARLIER,))
+            derived = derived_attributes(type(module), short, child)
+            for number, value in enumerate(self.trace.values):
+                if value.attribute is None or number not in flow.reaching:
+                    continue
+                if value.attribute[0] == owner and value.attribute[1] in derived:
+                    statement, functions = derived[value.attribute[1]]
+                    site = Site(statement.file, statement.line, module=owner, source=statement.text)
+                    return Finding(_cause_in(functions), site, None, (_words.COMPUTED_EARLIER,))
         return None
 
     def _replaced(self, name: str, flow: Flow) -> Finding | None:
@@ -526,7 +543,7 @@ def _cause(op: Op) -> Cause:
         return Cause.NO_GRAD
     if op.kind is Kind.OPAQUE:
         return Cause.UNDETERMINED
-    if op.kept:
+    if op.kept and not op.into_integers:
         return Cause.DETACHED  # written into `.data`, or through another alias without history
     return Cause.NON_DIFFERENTIABLE
 

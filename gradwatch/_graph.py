@@ -41,6 +41,11 @@ class Node:
     """Whether it belongs to a ``torch.autograd.Function`` of the user's."""
 
     @property
+    def hands_out(self) -> bool:
+        """Whether it cuts what it gets into pieces, one for each of its inputs."""
+        return self.name in _HAND_OUT
+
+    @property
     def hands_on(self) -> bool:
         """Whether it hands on the values that it gets, in another shape at most."""
         return self.name in _HAND_ON
@@ -58,9 +63,13 @@ class Passed:
 
     Nodes that hand on what they get are left out.
     """
+    emptied: set[int] = field(default_factory=set)
+    """Nodes that handed on more zeros than came; where a node that only hands out pieces has need of them."""
     totals: dict[int, float] = field(default_factory=dict)
     """The same of what came to a node in all, where it handed on zeros; on the CPU alone."""
 
+    has_pieces: bool = False
+    """Whether some node cuts its gradient into pieces, so that zeros have to be counted."""
     broken: Exception | None = None
     """A failure of ours, after which ``sizes`` are incomplete."""
 
@@ -161,10 +170,67 @@ class Passed:
                 if arrived and worst:
                     todo.append(parent)
                 elif self.nodes[parent].tag >= 0:
-                    return self.nodes[parent].tag
+                    source = self._emptier(parent) if zero else None
+                    return self.nodes[parent if source is None else source].tag
         return None
 
+    def _emptier(self, number: int) -> int | None:
+        """Return the node that made the zeros of which a concatenation handed out one piece alone."""
+        if not self.nodes[number].hands_out:
+            return None
+        parents: dict[int, list[int]] = {}
+        for upper, node in enumerate(self.nodes):
+            for child in node.children:
+                parents.setdefault(child, []).append(upper)
+        seen, todo, weak = {number}, [number], None
+        while todo:
+            for upper in parents.get(todo.pop(0), ()):
+                if upper in seen:
+                    continue
+                seen.add(upper)
+                todo.append(upper)
+                if upper not in self.emptied or self.nodes[upper].tag < 0:
+                    continue
+                if self.nodes[upper].name not in _SATURATE:
+                    return upper
+                weak = upper if weak is None else weak
+        return weak
 
+
+_HAND_OUT = frozenset(["CatBackward0", "StackBackward0", "HstackBackward0", "BlockDiagBackward0"])
+_SATURATE = frozenset(
+    f"{name}Backward{number}"
+    for name in ("Relu", "Clamp", "ClampMin", "ClampMax", "Hardtanh", "NativeDropout", "Threshold")
+    for number in range(2)
+)
+_EMPTY = _SATURATE | frozenset(
+    f"{name}Backward{number}"
+    for name in [
+        "Slice",
+        "Select",
+        "Index",
+        "IndexSelect",
+        "Gather",
+        "MaskedFill",
+        "MaskedSelect",
+        "Where",
+        "Mul",
+        "Min",
+        "Max",
+        "Amin",
+        "Amax",
+        "Sort",
+        "Topk",
+        "Split",
+        "SplitWithSizes",
+        "Unbind",
+        "CopySlices",
+        "Narrow",
+        "Mask",
+    ]
+    for number in range(3)
+)
+"""Operations whose backward leaves zeros where the forward left something out."""
 _SMALL = 4096
 """Elements up to which no order of memory is worth looking for."""
 _ACCUMULATES = "torch::autograd::AccumulateGrad"
@@ -238,6 +304,7 @@ def watched_backward(roots: list[Tensor], tag_key: str, *, sizes: bool) -> Itera
     passed = Passed()
     passed.nodes, found = walk(roots, tag_key)
     measured: list[tuple[tuple[int, int], Tensor]] | None = [] if sizes else None
+    passed.has_pieces = sizes and any(node.hands_out for node in passed.nodes)
     handles = []
     for number, node in enumerate(found):
         entry = passed.nodes[number]
@@ -281,10 +348,22 @@ def _observe(  # noqa: PLR0917 -- called for every node, and keywords cost
                         passed.totals[number] = _largest(grad_outputs)
                 else:
                     measured.append(((number, position), size))
+        if passed.has_pieces and _makes_zeros(passed.nodes[number], grad_inputs, grad_outputs):
+            passed.emptied.add(number)
         if missing and any(gradient is not None for gradient in grad_outputs):
             passed.withheld[number] = missing
     except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
         passed.broken = error
+
+
+def _makes_zeros(node: Node, given: Sequence[Any], got: Sequence[Any]) -> bool:
+    return node.name in _EMPTY and _share_of_zeros(given) > _share_of_zeros(got)
+
+
+def _share_of_zeros(gradients: Sequence[Tensor | None]) -> float:
+    """Return which part of the elements is zero, at least; 0 for what is not on the CPU."""
+    counted = [g for g in gradients if g is not None and g.is_cpu and g.layout is torch.strided]
+    return max((1 - g.count_nonzero().item() / max(g.numel(), 1) for g in counted), default=0.0)
 
 
 def _largest(gradients: Sequence[Tensor | None]) -> float:

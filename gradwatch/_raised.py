@@ -131,7 +131,10 @@ def _overwritten(message: str, inspection: Inspection, model: nn.Module) -> str 
     shape = tuple(int(size) for size in found[1].split(",") if size.strip())
     write = _culprit([w for w in trace.writes if w.version > int(found[4])], shape, found[2])
     if write is not None:
-        return _words.error_note("overwritten", _at(write.place), found[2], write.operation)
+        # A view that was made anew says nothing of what the user wrote.
+        maker = None if found[2] == "AsStrided" else found[2]
+        kind = "overwritten" if maker is None else "overwritten_result"
+        return _words.error_note(kind, _at(write.place), write.operation, maker)
     if trace.steps:
         return _words.error_note("optimizer_stepped", _at(trace.steps[-1][0]), found[2])
     return None
@@ -236,6 +239,17 @@ def _holds(value: Any, tensor: Any) -> bool:
     )
 
 
+def _complex_loss(message: str, inspection: Inspection, model: nn.Module) -> str | None:
+    """Explain a loss that is a complex number by the operation that made it."""
+    del message, model
+    trace = inspection.trace
+    for root in trace.backwards[-1].roots if trace.backwards else ():
+        maker = trace.values[root].producer
+        if maker is not None:
+            return _words.error_note("complex_loss", _at(trace.ops[maker].place))
+    return None
+
+
 def _failing(kind: str) -> Callable[[str, Inspection, nn.Module], str | None]:
     """Explain an error by the call that raised it."""
 
@@ -266,6 +280,8 @@ _KINDS: tuple[tuple[str, Callable[[str, Inspection, nn.Module], str | None]], ..
     ("a view of a leaf Variable that requires grad", _failing("leaf_in_place")),
     ("invalid index of a 0-dim tensor", _failing("index_of_scalar")),
     ("can be implicitly created only for scalar outputs", _failing("not_scalar")),
+    ("can be implicitly created only for real scalar outputs", _complex_loss),
+    ("an `inputs` parameter", _failing("reentrant_inputs")),
     ("Inference tensors cannot be saved for backward", _failing("inference")),
     ("Inplace update to inference tensor", _failing("inference")),
     ("is not differentiable with respect to argument", _failing("no_derivative")),

@@ -74,6 +74,8 @@ class _RareOfOp:
     arguments and text do not correspond."""
     arity: int = 0
     """How many positional arguments it had."""
+    into_integers: bool = False
+    """Whether it wrote into a tensor whose type has no gradient."""
 
 
 class Op(_RareOfOp):

@@ -893,12 +893,15 @@ def _called(call: ast.Call) -> str:
     return function_.id if isinstance(function_, ast.Name) else ""
 
 
-def derived_attributes(cls: type, parameter: str) -> dict[str, tuple[Statement, frozenset[str]]]:
+def derived_attributes(
+    cls: type, parameter: str, child: str | None = None
+) -> dict[str, tuple[Statement, frozenset[str]]]:
     """Return the attributes that a class computes from a parameter, with the functions in between.
 
     Args:
-        cls: The class of the module that registers the parameter.
+        cls: The class of the module that registers the parameter, or of one around it.
         parameter: The parameter's attribute.
+        child: The attribute of the class through which it is reached, if not its own.
     """
     file = file_of(cls)
     module = None if file is None else tree(file)
@@ -909,7 +912,7 @@ def derived_attributes(cls: type, parameter: str) -> dict[str, tuple[Statement, 
         for node in ast.walk(definition):
             for name, value in _kept_values(node):
                 read = {n.attr for n in ast.walk(value) if isinstance(n, ast.Attribute)}
-                if parameter in read:
+                if {parameter, child or parameter} <= read:
                     calls = {_called(n) for n in ast.walk(value) if isinstance(n, ast.Call)}
                     (statement,) = _statements(file, [node])
                     found[name] = (statement, frozenset(read | calls))

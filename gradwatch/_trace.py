@@ -16,6 +16,7 @@ threads is not seen; a value that passes through a Python number is followed by 
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 import threading
@@ -387,12 +388,24 @@ class Trace(Record):
             wants = tensor.requires_grad
             value.tracked = value.tracked or wants
             self.read_flags[value.parameter] = wants or self.read_flags.get(value.parameter, False)
-        elif not value.tracked and tensor.requires_grad and (node := node_of(tensor)):
-            return self._adopt(tensor, node, entry, value)
+        elif not value.tracked and tensor.requires_grad:
+            node = node_of(tensor)
+            return (
+                self._put_over(tensor, entry) if node is None else self._adopt(tensor, node, entry)
+            )
         return entry.value
 
-    def _adopt(self, tensor: Tensor, node: Any, entry: _Entry, value: Value) -> int:
+    def _put_over(self, tensor: Tensor, entry: _Entry) -> int:
+        """Note that a leaf was put over the memory of another value after it was made: ``copy.copy(h)``."""
+        value, alias = self.values[entry.value], self._alias(tensor)
+        if value.producer is None or alias is None or alias == entry.value:
+            return entry.value
+        op = self._append(copy.copy, Kind.REWRAP, (alias,), self.ops[value.producer].place)
+        return self._produce(tensor, op)
+
+    def _adopt(self, tensor: Tensor, node: Any, entry: _Entry) -> int:
         """Note that a Function gave a tensor its ``grad_fn`` after the operations inside it ran."""
+        value = self.values[entry.value]
         made = None if value.producer is None else self.ops[value.producer]
         op = self._append(
             torch.autograd.Function.apply,
@@ -699,6 +712,8 @@ class Trace(Record):
         if name is not None and self._parameters[name].grad is tensor:
             self._note_written_gradient(name, op)
         targets, read = [tensor], []
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            op.into_integers = True
         if op.kind not in {Kind.SEVER, Kind.SET_DATA}:  # those change one tensor, not the memory
             sharing = self._storages.get(memory_of(tensor) or 0, {})
             for key, entry in list(sharing.items()):

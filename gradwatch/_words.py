@@ -117,7 +117,7 @@ HELPS_BY_OPERATION = {
         (Cause.NO_GRAD, "grad", "pass `create_graph=True`, so that the result has a history"),
         (Cause.NON_DIFFERENTIABLE, "argmax argmin multinomial getitem", _SOFT),
         (Cause.NON_DIFFERENTIABLE, "eq ne gt ge lt le", _STEP),
-        (Cause.NON_DIFFERENTIABLE, "long int bool byte to type", _FLOATING),
+        (Cause.NON_DIFFERENTIABLE, "long int bool byte to type copy_ setitem", _FLOATING),
         (Cause.NON_DIFFERENTIABLE, "topk sort max min median mode kthvalue", _VALUES),
         (Cause.NON_DIFFERENTIABLE, "sample", _RSAMPLE),
         (Cause.ZERO_GRADIENT, "relu relu_", _DEAD),
@@ -346,8 +346,12 @@ ERRORS = {
     ),
     "no_history": ("no parameter that requires grad reaches the loss", None),
     "overwritten": (
-        "`{1}` needs this tensor for its backward, and `{2}` changes it in place",
-        "write `x = x + y` in place of `x += y` here, or pass `inplace=False`",
+        "`{1}` changes a tensor in place here that a backward needs as it was",
+        "write `x = x + y` in place of `x += y`, or change it after the backward pass",
+    ),
+    "overwritten_result": (
+        "`{1}` changes in place here what `{2}` made, and a backward needs it as it was",
+        "write `x = x + y` in place of `x += y`, or pass `inplace=False`",
     ),
     "optimizer_stepped": (
         "the optimizer changes weights here that this backward still needs ({1})",
@@ -408,6 +412,14 @@ ERRORS = {
     "once_differentiable": (
         "the `backward` of this Function is marked with `@once_differentiable`, and is differentiated here",
         "write `backward` with operations of torch and without the mark, or do without `create_graph=True`",
+    ),
+    "complex_loss": (
+        "the loss is a complex number",
+        "take its real part, or the square of its absolute value: `.real`, `.abs().square()`",
+    ),
+    "reentrant_inputs": (
+        "a reentrant checkpoint cannot work out gradients for some tensors only",
+        "pass `use_reentrant=False` to `checkpoint`",
     ),
     "no_formula": (
         "this custom operator has no derivative",

@@ -1006,6 +1006,54 @@ class SampledFromCategories(Case):
         return self.head(F.one_hot(kinds, 3).float()).mean()
 
 
+class WrittenIntoIntegers(Case):
+    expect = {"non_differentiable": ENC}
+
+    def forward(self, x):
+        pixels = torch.zeros(4, 3, dtype=torch.uint8)
+        pixels[:2] = 255 * self.enc(x)[:2]  # <- here
+        return self.head(pixels.float()).mean()
+
+
+class ShallowCopy(Case):
+    expect = {"detached": ENC}
+
+    def forward(self, x):
+        state = torch.tanh(self.enc(x))
+        start = copy.copy(state)  # <- here
+        return self.head(start).mean()
+
+
+class SecondBackwardForOthers(Case):
+    """Of two calls the one that leads to the parameter is shown."""
+
+    expect = {"not_requested": HEAD}
+
+    def forward(self, x):
+        h = self.enc(x)
+        return h.detach().requires_grad_(), self.head(h).mean()
+
+    def backward(self, loss):
+        other, last = loss
+        other.sum().backward(inputs=[other])
+        last.backward(inputs=list(self.enc.parameters()))  # <- here
+
+
+class StackedInInit(Case):
+    """The values of a submodule are taken by the module around it, before the pass."""
+
+    expect = {"detached": ("enc.weight",)}
+    rows: torch.Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.enc = nn.Linear(3, 3, bias=False)
+        self.register_buffer("rows", torch.cat([self.enc.weight.data, torch.ones(1, 3)]))  # <- here
+
+    def forward(self, x):
+        return self.head(x @ self.rows.T[:, :3]).mean()
+
+
 # More that is healthy ------------------------------------------------------------------------------
 
 

@@ -109,6 +109,23 @@ def test_gradients_that_cancel_have_their_origin_where_the_last_was_computed():
     assert on_the_way.origin(id(a), zero=True) == 3
 
 
+def test_a_piece_of_zeros_is_led_back_to_what_left_it_out():
+    """A concatenation hands out what it gets; the slice, the mask or the ReLU behind it made the zeros."""
+    a, b, c = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    joined = tag(torch.cat([a * 1, b * 1]), 1)
+    sliced = watched(tag(tag(joined.tanh(), 2)[:2], 3).sum())
+    stacked = tag(torch.stack([a * 1, b * -1, c * -2]), 1)
+    rectified = watched(tag(stacked.relu(), 2).sum())
+    halves = tag(tag(torch.stack([a * 1, b * 1]), 1).relu(), 2)
+    chosen = watched(tag(halves[0], 3).sum())
+    kept = watched(tag(torch.cat([a * 1, b * 1]), 1).sum())
+
+    assert [sliced.origin(id(leaf), zero=True) for leaf in (a, b)] == [None, 3]
+    assert [rectified.origin(id(leaf), zero=True) for leaf in (a, b, c)] == [None, 2, 2]
+    assert chosen.origin(id(b), zero=True) == 3
+    assert kept.emptied == set()
+
+
 def test_sparse_and_complex_gradients_are_measured():
     """Gradients of embeddings and of complex parameters have a size too."""
     table = nn.Embedding(4, 2, sparse=True)

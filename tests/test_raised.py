@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from gradwatch import Watcher, diagnose
 
@@ -376,6 +377,24 @@ class CachedProperty(Net):
     @cached_property
     def basis(self):
         return torch.tanh(self.enc.weight)  # <- here
+
+
+class ComplexLoss(Net):
+    words = "only for real scalar outputs"
+    advice = "take its real part"
+
+    def forward(self, x):
+        spectrum = torch.fft.fft(self.enc(x))
+        return (spectrum * spectrum.conj()).mean()  # <- here
+
+
+class ReentrantWithInputs(Net):
+    words = "an `inputs` parameter"
+    advice = "pass `use_reentrant=False`"
+
+    def run(self, x):
+        x.requires_grad_()
+        checkpoint(self.enc, x, use_reentrant=True).mean().backward(inputs=[x])  # <- here
 
 
 CASES = [
