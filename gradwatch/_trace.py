@@ -838,13 +838,17 @@ class Trace(Record):
         __tracebackhide__ = True
         recording, self.recording = self.recording, False
         self.in_backward = True
+        failed: BaseException | None = None
         try:
             return func(*args, **kwargs)
+        except BaseException as error:
+            failed = error
+            raise
         finally:
             self.in_backward = False
             self.recording = recording and self.broken is None
             try:
-                around.close()
+                around.__exit__(failed and type(failed), failed, None)
             except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
                 self.give_up(error)
 
