@@ -848,7 +848,7 @@ class Trace(Record):
             self.in_backward = False
             self.recording = recording and self.broken is None
             try:
-                around.__exit__(failed and type(failed), failed, None)
+                around.__exit__(None if failed is None else type(failed), failed, None)
             except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
                 self.give_up(error)
 
