@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from contextlib import suppress
 from itertools import compress, repeat
 from operator import and_, attrgetter, call, is_, is_not, ne, not_
 from types import MappingProxyType
@@ -239,7 +240,7 @@ class _Held(NamedTuple):
 
 _NOTHING = _Held([], [])
 _grad, _wants = attrgetter("grad"), attrgetter("requires_grad")
-_kind = attrgetter("device", "dtype", "layout")
+_dtype = attrgetter("dtype")
 
 
 def _no_gradient() -> None:
@@ -376,12 +377,11 @@ def _doubtful(norms: Mapping[str, float], gradients: Mapping[str, Tensor]) -> di
 
 
 def _norms(gradients: Mapping[str, Tensor], *, wide: bool) -> dict[str, float]:
-    if not wide and len(set(map(_kind, gradients.values()))) == 1:
-        # The usual case, without a look at each: one kind of gradient on one device.
+    if not wide and len(set(map(_dtype, gradients.values()))) == 1:
+        # The usual case, without another look at each: dense gradients on one device, or torch refuses.
         some = list(gradients.values())
-        if some[0].layout is torch.strided:
-            with torch.no_grad():
-                together = torch.stack(_fused(some, _sum_dtype(some[0], wide=False)))
+        with suppress(RuntimeError), torch.no_grad():
+            together = torch.stack(_fused(some, _sum_dtype(some[0], wide=False)))
             return dict(zip(gradients, together.tolist(), strict=True))
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, gradient in gradients.items():
