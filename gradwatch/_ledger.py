@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cached_property
-from operator import attrgetter
+from itertools import repeat
+from operator import attrgetter, is_
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -58,10 +59,14 @@ class Facts:
         Those in no optimizer have none: no step uses their gradients, and none empties them.
         """
         absent = {*self.missing, *self.frozen, *self.unseen, *orphans}
-        gradients = dict(zip(parameters, map(_grad, parameters.values()), strict=True))
-        if absent:
-            gradients = {name: g for name, g in gradients.items() if name not in absent}
-        gradients = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        found = list(map(_grad, parameters.values()))
+        gradients = dict(zip(parameters, found, strict=True))
+        if absent or any(map(is_, found, repeat(None))):
+            gradients = {
+                name: gradient
+                for name, gradient in gradients.items()
+                if gradient is not None and name not in absent
+            }
         self._take(measure(gradients, scales, total), parameters)
 
     def before_clipping(

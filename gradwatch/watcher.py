@@ -16,6 +16,8 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from itertools import compress
+from operator import attrgetter, not_
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 from torch import Tensor
@@ -64,6 +66,7 @@ MAX_HUNT = 5
 
 
 _log = logging.getLogger("gradwatch")
+_wants = attrgetter("requires_grad")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -907,7 +910,9 @@ class Watcher:
         unseen = [name for name in absent if name in self._taken or is_hidden(parameters[name])]
         return Facts(
             missing=[name for name in absent if name not in unseen],
-            frozen=lambda: [name for name in covered if not parameters[name].requires_grad],
+            frozen=lambda: list(
+                compress(covered, map(not_, map(_wants, map(parameters.__getitem__, covered))))
+            ),
             unseen=unseen,
         )
 
