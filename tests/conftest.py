@@ -33,6 +33,30 @@ QUIET: dict[str, Any] = {
 }
 """Options of a Trainer that trains for one epoch on the CPU, and prints and writes nothing."""
 
+SCRIPTED_NET = """
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from gradwatch import GradWatch
+
+
+class Net(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        return (self.left(batch) + self.right(batch).detach()).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+"""
+"""The beginning of a script with a cut in line 16, for what needs a process of its own."""
+
 LIGHTNING_LOGGERS = (
     "pytorch_lightning",
     "lightning_fabric",

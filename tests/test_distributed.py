@@ -18,7 +18,7 @@ from gradwatch._distributed import Group
 from gradwatch._stats import is_hidden
 from gradwatch.report import Severity
 from gradwatch.sinks import MemorySink
-from tests.conftest import QUIET
+from tests.conftest import QUIET, SCRIPTED_NET
 from tests.ranks import Lit, Sharded
 
 pytestmark = pytest.mark.distributed
@@ -260,27 +260,9 @@ def test_a_failure_before_the_run_began_is_a_log_record(caplog: pytest.LogCaptur
     assert said == ["the other ranks could not be told"]
 
 
-SPAWNED = """
-import torch
-from pytorch_lightning import LightningModule, Trainer
-from torch import nn
-from torch.utils.data import DataLoader
-
-from gradwatch import GradWatch
-
-
-class Net(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.left, self.right = nn.Linear(2, 1), nn.Linear(2, 1)
-
-    def training_step(self, batch, batch_idx):
-        return (self.left(batch) + self.right(batch).detach()).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.01)
-
-
+SPAWNED = (
+    SCRIPTED_NET
+    + """
 if __name__ == "__main__":
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy="ddp_spawn_find_unused_parameters_true", max_epochs=1,
@@ -290,6 +272,7 @@ if __name__ == "__main__":
     trainer.fit(Net(), DataLoader(torch.ones(8, 2)))
     print("trained", trainer.state.finished)
 """
+)
 
 
 @pytest.mark.slow

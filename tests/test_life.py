@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from gradwatch import Cause, GradWatch, Status, read_history
 from gradwatch.sinks import MemorySink
-from tests.conftest import QUIET
+from tests.conftest import QUIET, SCRIPTED_NET
 
 BODY = ("body.weight", "body.bias")
 HEAD = ("head.weight", "head.bias")
@@ -320,31 +320,16 @@ def test_a_run_without_any_step_says_so(caplog: pytest.LogCaptureFixture):
     assert said == ["no optimizer step was seen in this run, so that nothing was judged"]
 
 
-KILLED = """
+KILLED = (
+    SCRIPTED_NET
+    + """
 import os
 import signal
 import sys
 
-import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch import nn
-from torch.utils.data import DataLoader
-
-from gradwatch import GradWatch
-
-
-class Net(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.left, self.right = nn.Linear(2, 1), nn.Linear(2, 1)
-
-    def training_step(self, batch, batch_idx):
-        return (self.left(batch) + self.right(batch).detach()).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.01)
 
 
 class Kill(Callback):
@@ -364,6 +349,7 @@ if __name__ == "__main__":
     data = DataLoader(torch.ones(300, 2), batch_size=2)
     trainer.fit(Net(), data, ckpt_path=sys.argv[1] if len(sys.argv) > 1 else None)
 """
+)
 
 
 @pytest.mark.slow
