@@ -210,10 +210,14 @@ def read_by(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     return read
 
 
+_FEW_DIGITS = 8
+"""Characters of a number that a person may have typed: 0.5, 0.999, 1e-3."""
+
+
 def fractions_in(item: Any, limit: int = 1000) -> Iterator[float]:
-    """Yield the numbers that have a fraction: others are often equal by chance."""
+    """Yield the numbers with many digits after the point: others are often equal by chance."""
     if isinstance(item, float):
-        if item % 1.0:
+        if item % 1.0 and len(repr(item)) > _FEW_DIGITS:
             yield item
     elif isinstance(item, (list, tuple)):
         for inner in item[:limit]:

@@ -866,6 +866,20 @@ class PrintedOnly(Case):
         return self.head(x).mean()
 
 
+class EqualByChance(Case):
+    """A constant of the loss that is the very number that was printed has nothing to do with it."""
+
+    expect = {"unused": ("scale",)}
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        self.log = [self.scale.item()]
+        return 0.5 * self.head(self.enc(x)).mean()
+
+
 class ChosenByMatch(Case):
     expect = {"left_torch": ENC}
 
