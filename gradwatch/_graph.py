@@ -63,8 +63,8 @@ class Passed:
 
     Nodes that hand on what they get are left out.
     """
-    emptied: set[int] = field(default_factory=set)
-    """Nodes that handed on more zeros than came; where a node that only hands out pieces has need of them."""
+    emptied: set[tuple[int, int]] = field(default_factory=set)
+    """Where nodes handed on more zeros than came; known where a node only hands out pieces."""
     totals: dict[int, float] = field(default_factory=dict)
     """The same of what came to a node in all, where it handed on zeros; on the CPU alone."""
 
@@ -178,18 +178,18 @@ class Passed:
         """Return the node that made the zeros of which a concatenation handed out one piece alone."""
         if not self.nodes[number].hands_out:
             return None
-        parents: dict[int, list[int]] = {}
+        parents: dict[int, list[tuple[int, int]]] = {}
         for upper, node in enumerate(self.nodes):
-            for child in node.children:
-                parents.setdefault(child, []).append(upper)
+            for position, child in enumerate(node.children):
+                parents.setdefault(child, []).append((upper, position))
         seen, todo, weak = {number}, [number], None
         while todo:
-            for upper in parents.get(todo.pop(0), ()):
+            for upper, position in parents.get(todo.pop(0), ()):
                 if upper in seen:
                     continue
                 seen.add(upper)
                 todo.append(upper)
-                if upper not in self.emptied or self.nodes[upper].tag < 0:
+                if (upper, position) not in self.emptied or self.nodes[upper].tag < 0:
                     continue
                 if self.nodes[upper].name not in _SATURATE:
                     return upper
@@ -203,7 +203,14 @@ _SATURATE = frozenset(
     for name in ("Relu", "Clamp", "ClampMin", "ClampMax", "Hardtanh", "NativeDropout", "Threshold")
     for number in range(2)
 )
-_EMPTY = _SATURATE | frozenset(
+_IMAGES = 4
+"""Dimensions of what a convolution takes, which mixes the second one; products mix the last."""
+_MIX = frozenset(
+    f"{name}Backward{number}"
+    for name in "Mm Addmm Bmm Baddbmm Mv Addmv Dot Convolution".split()  # noqa: SIM905
+    for number in range(2)
+)
+_EMPTY = (_SATURATE | _MIX) | frozenset(
     f"{name}Backward{number}"
     for name in [
         "Slice",
@@ -348,22 +355,41 @@ def _observe(  # noqa: PLR0917 -- called for every node, and keywords cost
                         passed.totals[number] = _largest(grad_outputs)
                 else:
                     measured.append(((number, position), size))
-        if passed.has_pieces and _makes_zeros(passed.nodes[number], grad_inputs, grad_outputs):
-            passed.emptied.add(number)
+        if passed.has_pieces and passed.nodes[number].name in _EMPTY:
+            _note_zeros(passed, number, positions, grad_inputs, grad_outputs)
         if missing and any(gradient is not None for gradient in grad_outputs):
             passed.withheld[number] = missing
     except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
         passed.broken = error
 
 
-def _makes_zeros(node: Node, given: Sequence[Any], got: Sequence[Any]) -> bool:
-    return node.name in _EMPTY and _share_of_zeros(given) > _share_of_zeros(got)
+def _note_zeros(
+    passed: Passed,
+    number: int,
+    positions: Sequence[int],
+    given: Sequence[Any],
+    got: Sequence[Any],
+) -> None:
+    """Note to which inputs a node handed on more zeros than it got."""
+    mixes = passed.nodes[number].name in _MIX
+    before = max((_share_of_zeros(g, rows=mixes) for g in got if g is not None), default=0.0)
+    for position in positions:
+        if given[position] is not None and _share_of_zeros(given[position]) > before:
+            passed.emptied.add((number, position))
 
 
-def _share_of_zeros(gradients: Sequence[Tensor | None]) -> float:
-    """Return which part of the elements is zero, at least; 0 for what is not on the CPU."""
-    counted = [g for g in gradients if g is not None and g.is_cpu and g.layout is torch.strided]
-    return max((1 - g.count_nonzero().item() / max(g.numel(), 1) for g in counted), default=0.0)
+def _share_of_zeros(gradient: Tensor, *, rows: bool = False) -> float:
+    """Return which part of the elements is zero; 0 for what is not on the CPU.
+
+    Args:
+        gradient: A gradient.
+        rows: Count only rows of nothing but zeros: a product of matrices keeps these, and no others.
+    """
+    if not gradient.is_cpu or gradient.layout is not torch.strided or not gradient.numel():
+        return 0.0
+    if rows and gradient.dim() > 1:
+        gradient = gradient.count_nonzero(1 if gradient.dim() == _IMAGES else -1)
+    return 1 - gradient.count_nonzero().item() / gradient.numel()
 
 
 def _largest(gradients: Sequence[Tensor | None]) -> float:

@@ -457,7 +457,8 @@ class _Marked:
         data, chosen = self.depends(value), self.chooses(value)
         if not data and (owner := _owner_of_memory(value)) is not None:
             # `array = tensor.numpy()`: what is written into the array later is in the tensor.
-            self._mark(owner, data=False, chosen=any(map(self.depends, targets)))
+            written = [t for t in targets if _writes_into(self.node, t)]
+            self._mark(owner, data=False, chosen=any(map(self.depends, written)))
         seed = self._seeds.get(value)
         for target in targets:
             parts = target.elts if isinstance(target, (ast.Tuple, ast.List)) else None
@@ -562,6 +563,22 @@ class _Marked:
         if isinstance(name, ast.Constant) and isinstance(owner, ast.expr):
             target = ast.Attribute(owner, str(name.value), ast.Store())
             self._mark(target, data=data, chosen=chosen)
+
+
+def _writes_into(function_: ast.AST, target: ast.AST) -> bool:
+    """Tell whether a function writes into what a name holds, and does not just give it a new value."""
+    name = target.id if isinstance(target, ast.Name) else None
+    for node in ast.walk(function_):
+        into: Iterable[ast.AST] = ()
+        if isinstance(node, ast.AugAssign):
+            into = [node.target]
+        elif isinstance(node, ast.Assign):
+            into = [t.value for t in node.targets if isinstance(t, ast.Subscript)]
+        elif isinstance(node, ast.Call) and _called(node) in _WRITERS:
+            into = node.args[:1]
+        if name is not None and any(isinstance(i, ast.Name) and i.id == name for i in into):
+            return True
+    return False
 
 
 def _owner_of_memory(node: ast.AST) -> ast.AST | None:

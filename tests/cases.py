@@ -901,6 +901,19 @@ class CopiedIntoAnArray(Case):
         return self.head(torch.from_numpy(rows)).mean()
 
 
+class ArrayNameUsedTwice(Case):
+    """Arrays of two tensors bear one name, and nothing is written into either."""
+
+    expect = {"not_in_loss": ENC}
+
+    def forward(self, x):
+        array = self.enc(x).detach().numpy()  # <- here
+        self.log = [array.mean()]
+        array = x.numpy()
+        self.log.append(array.mean())
+        return self.head(x).mean()
+
+
 class AddedIntoATensorsArray(Case):
     expect = {"left_torch": ENC}
 

@@ -126,6 +126,17 @@ def test_a_piece_of_zeros_is_led_back_to_what_left_it_out():
     assert kept.emptied == set()
 
 
+def test_a_product_that_makes_a_piece_zero_is_told_from_the_relu_above_it():
+    """A matrix with a column of zeros empties a piece, whatever zeros a ReLU or a slice behind it adds."""
+    a, b = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
+    weight = torch.tensor([[1.0, -1, 0, 0], [2, 3, 0, 0], [-1, 1, 0, 0]])
+    joined = tag(torch.cat([a * 1, b * 1], 1), 1)
+    mixed = tag(nn.functional.linear(joined, weight), 2)
+    passed = watched(tag(tag(mixed.relu(), 3)[:2], 4).sum())
+
+    assert passed.origin(id(b), zero=True) == 2
+
+
 def test_sparse_and_complex_gradients_are_measured():
     """Gradients of embeddings and of complex parameters have a size too."""
     table = nn.Embedding(4, 2, sparse=True)
