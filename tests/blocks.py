@@ -135,7 +135,7 @@ def run_command(line: str) -> str:
 def _two_processes(arguments: list[str]) -> str:
     """Run a program under ``torchrun``, and return what its processes print on stderr."""
     done = subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
