@@ -198,6 +198,8 @@ class Marks:
         call = None if marked is None else expression(caller, marked.node)
         if marked is None or not isinstance(call, ast.Call):
             return False
+        if 0 < len(_definitions(tree(caller[0].co_filename)).get(_called(call), ())) <= _MANY:
+            return False  # its text is known, and says which of its arguments go where
         given = [*call.args, *(keyword.value for keyword in call.keywords)]
         if isinstance(call.func, ast.Name):
             given.append(call.func)  # a function that carries the value: a closure, a `partial`
@@ -617,10 +619,17 @@ def _parameters_given(
     names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
     if names[:1] in (["self"], ["cls"]):
         names = names[1:]
-    given = {name for name, value in zip(names, call.args, strict=False) if depends(value)}
+    given: set[str | None] = {
+        name for name, value in zip(names, call.args, strict=False) if depends(value)
+    }
     known = {*names, *(argument.arg for argument in node.args.kwonlyargs)}
-    given |= {k.arg for k in call.keywords if k.arg in known and depends(k.value)}
-    return frozenset(given)
+    for keyword in call.keywords:
+        if depends(keyword.value):
+            rest = None if node.args.kwarg is None else node.args.kwarg.arg
+            given.add(keyword.arg if keyword.arg in known else rest)
+    if node.args.vararg is not None and any(map(depends, call.args[len(names) :])):
+        given.add(node.args.vararg.arg)
+    return frozenset(name for name in given if name is not None)
 
 
 @lru_cache(maxsize=1024)

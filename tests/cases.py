@@ -901,6 +901,33 @@ class CopiedIntoAnArray(Case):
         return self.head(torch.from_numpy(rows)).mean()
 
 
+def loss_with_a_log(out, log):
+    loss = out.square().mean() * 2
+    log["loss"] = loss.item()
+    return loss
+
+
+class LogHandedToTheLoss(Case):
+    """A function that gets a number for its log, and computes nothing with it, is no use of it."""
+
+    expect = {"not_in_loss": ENC}
+
+    def forward(self, x):
+        log = {"aux": self.enc(x).mean().item()}  # <- here
+        return loss_with_a_log(self.head(x), log)
+
+
+def scaled_loss(out, **options):
+    return out.square().mean() * options["factor"]
+
+
+class HandedOnByKeyword(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        return scaled_loss(self.head(x), factor=self.enc(x).mean().item())  # <- here
+
+
 class ArrayNameUsedTwice(Case):
     """Arrays of two tensors bear one name, and nothing is written into either."""
 
