@@ -118,7 +118,6 @@ class Passed:
             for position, child in enumerate(node.children):
                 if child in waiting:
                     came.setdefault(child, []).append((number, position))
-        known = dict(self.sizes)
         found: dict[tuple[int, int], float] = {}
         todo = list(waiting)
         while todo:
@@ -128,7 +127,7 @@ class Passed:
             if before:
                 todo += [number, *before]
                 continue
-            sizes = [known.get(edge, found.get(edge, -1.0)) for edge in edges]
+            sizes = [self.sizes.get(edge, found.get(edge, -1.0)) for edge in edges]
             odd = next((size for size in sizes if not math.isfinite(size)), None)
             # Where a backward pass begins, it begins with ones.
             found[number, 0] = odd if odd is not None else max(sizes, default=1.0)
@@ -197,20 +196,17 @@ class Passed:
         return weak
 
 
-_HAND_OUT = frozenset(["CatBackward0", "StackBackward0", "HstackBackward0", "BlockDiagBackward0"])
+_HAND_OUT = frozenset(["CatBackward0", "StackBackward0", "BlockDiagBackward0"])
 _SATURATE = frozenset(
     f"{name}Backward{number}"
     for name in ("Relu", "Clamp", "ClampMin", "ClampMax", "Hardtanh", "NativeDropout", "Threshold")
     for number in range(2)
 )
-_IMAGES = 4
-"""Dimensions of what a convolution takes, which mixes the second one; products mix the last."""
-_MIX = frozenset(
-    f"{name}Backward{number}"
-    for name in "Mm Addmm Bmm Baddbmm Mv Addmv Dot Convolution".split()  # noqa: SIM905
-    for number in range(2)
-)
-_EMPTY = (_SATURATE | _MIX) | frozenset(
+_MIX = {"ConvolutionBackward0": 1} | {
+    f"{name}Backward0": -1 for name in ("Mm", "Addmm", "Bmm", "Baddbmm", "Mv", "Addmv", "Dot")
+}
+"""Operations that mix the elements along a dimension, with that dimension."""
+_EMPTY = (_SATURATE | _MIX.keys()) | frozenset(
     f"{name}Backward{number}"
     for name in [
         "Slice",
@@ -232,8 +228,9 @@ _EMPTY = (_SATURATE | _MIX) | frozenset(
         "SplitWithSizes",
         "Unbind",
         "CopySlices",
-        "Narrow",
-        "Mask",
+        "NllLoss",
+        "NllLoss2D",
+        "ScaledDotProductFlashAttentionForCpu",
     ]
     for number in range(3)
 )
@@ -371,24 +368,24 @@ def _note_zeros(
     got: Sequence[Any],
 ) -> None:
     """Note to which inputs a node handed on more zeros than it got."""
-    mixes = passed.nodes[number].name in _MIX
-    before = max((_share_of_zeros(g, rows=mixes) for g in got if g is not None), default=0.0)
+    mixed = _MIX.get(passed.nodes[number].name)
+    before = max((_share_of_zeros(g, mixed) for g in got if g is not None), default=0.0)
     for position in positions:
         if given[position] is not None and _share_of_zeros(given[position]) > before:
             passed.emptied.add((number, position))
 
 
-def _share_of_zeros(gradient: Tensor, *, rows: bool = False) -> float:
+def _share_of_zeros(gradient: Tensor, mixed: int | None = None) -> float:
     """Return which part of the elements is zero; 0 for what is not on the CPU.
 
     Args:
         gradient: A gradient.
-        rows: Count only rows of nothing but zeros: a product of matrices keeps these, and no others.
+        mixed: A dimension along which only nothing but zeros counts: mixing keeps these, and no others.
     """
     if not gradient.is_cpu or gradient.layout is not torch.strided or not gradient.numel():
         return 0.0
-    if rows and gradient.dim() > 1:
-        gradient = gradient.count_nonzero(1 if gradient.dim() == _IMAGES else -1)
+    if mixed is not None and gradient.dim() > 1:
+        gradient = gradient.count_nonzero(mixed)
     return 1 - gradient.count_nonzero().item() / gradient.numel()
 
 

@@ -137,6 +137,16 @@ def test_a_product_that_makes_a_piece_zero_is_told_from_the_relu_above_it():
     assert passed.origin(id(b), zero=True) == 2
 
 
+def test_rows_that_a_loss_leaves_out_are_zeros_of_the_loss():
+    """Where `ignore_index` leaves out all rows of one piece, the loss is named and not the concatenation."""
+    a, b = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3))
+    rows = tag(torch.cat([a * 1, b * 1]), 1)
+    target = torch.tensor([0, 1, -100, -100])
+    passed = watched(tag(nn.functional.cross_entropy(rows, target, ignore_index=-100), 2))
+
+    assert passed.origin(id(b), zero=True) == 2
+
+
 def test_sparse_and_complex_gradients_are_measured():
     """Gradients of embeddings and of complex parameters have a size too."""
     table = nn.Embedding(4, 2, sparse=True)
