@@ -49,7 +49,6 @@ _WRITERS = {
     "insort_right": 0,
 }
 """Functions of NumPy and of the standard library that write into one of their arguments, with its position."""
-_SETATTR = ("object", "name", "value")
 _SAME_MEMORY = {"numpy", "detach", "cpu", "view", "reshape", "ravel", "data", "T"}
 """Methods and attributes whose result lies over the memory of the tensor or array."""
 _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.Module
@@ -549,8 +548,8 @@ class _Marked:
             self._mark(method.value, data=False, chosen=data or self.depends(call))
         elif name == "tofile" and isinstance(method, ast.Attribute):
             self._write(call.args[:1], data=self.depends(method.value))
-        elif name == "setattr" and len(values) == len(_SETATTR):
-            self._set_attribute(*values, data=data, chosen=chosen)
+        elif name == "setattr" and call.args[1:]:
+            self._set_attribute(call.args[0], call.args[1], data=data, chosen=chosen)
         elif name in _WRITERS:
             self._write(call.args[_WRITERS[name] :][:1], data=data)
 
@@ -558,11 +557,8 @@ class _Marked:
         for target in targets:
             self._mark(target, data=data, chosen=False)
 
-    def _set_attribute(
-        self, owner: ast.AST, name: ast.AST, value: ast.AST, *, data: bool, chosen: bool
-    ) -> None:
-        del value
-        if isinstance(name, ast.Constant) and isinstance(owner, ast.expr):
+    def _set_attribute(self, owner: ast.expr, name: ast.expr, *, data: bool, chosen: bool) -> None:
+        if isinstance(name, ast.Constant):
             target = ast.Attribute(owner, str(name.value), ast.Store())
             self._mark(target, data=data, chosen=chosen)
 
