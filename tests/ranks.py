@@ -189,6 +189,24 @@ def searched_with_views() -> Any:
     return fit(Lit([["a", "b"], ["a"]]), find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
+class KeepsZeros(Lit):
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        optimizer.zero_grad(set_to_none=False)
+
+
+@scenario
+def zeros_in_views() -> Any:
+    """A layer trains in the first batch only; its zeros lie in the bucket of those that go on training."""
+
+    class Once(KeepsZeros):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            self.uses = [ALL, ALL] if batch_idx == 0 else [["a", "b"], ["a", "b"]]
+            return super().training_step(batch, batch_idx)
+
+    model = Once([ALL, ALL])
+    return fit(model, find_unused_parameters=True, gradient_as_bucket_view=True, every=1)
+
+
 @scenario
 def static() -> Any:
     return fit(Lit([["a", "b"], ["a", "b"]]), static_graph=True)

@@ -108,6 +108,15 @@ def test_where_unused_parameters_are_allowed_rank_0_tells_the_groups_answer(rank
     assert [own_collectives(first), own_collectives(second)] == [gathered, gathered]
 
 
+def test_zeros_that_lie_in_a_shared_bucket_are_zero_and_never_ok(ranks: Any):
+    """With views of buckets and zeros left in them, a layer that trains no more is told as zero."""
+    for rank in (0, 1):
+        answer, _ = ranks("zeros_in_views", rank)
+        assert [s["c.weight"] for s in answer["statuses"]] == ["ok", "zero", "zero", "zero"]
+        assert [{s["a.weight"], s["b.weight"]} for s in answer["statuses"]] == [{"ok"}] * 4
+        assert [d[:2] for d in answer["diagnoses"]] == [["zero_gradient", ["c.weight"]]]
+
+
 def test_a_diagnosis_says_on_which_ranks_it_holds(ranks: Any):
     """Ranks that find another cause for the same parameter are named in one diagnosis."""
     (answer, err), _ = ranks("two_causes", 0), ranks("two_causes", 1)
