@@ -25,9 +25,14 @@ if TYPE_CHECKING:
     from gradwatch._frames import Place
 
 
-# NOTE [Cheap records] One value and one operation are made for every call of a traced step. What all of
-# them have lies in slots; what is rare is a default of the class below, until an instance is given a
-# dictionary for it. That is one object for the garbage collector, and not two.
+# NOTE [Cheap records] Most calls of a traced step make one tensor, and of most steps nothing is asked
+# afterwards. For these calls a few items are put into one flat list, which makes no object that the garbage
+# collector has to visit; `Record` turns them into objects when it is first asked. What all objects have lies
+# in slots; what is rare is a default of the class below, until an instance is given a dictionary for it.
+
+
+IN_BRIEF = 5
+"""Items of an operation that is noted in brief."""
 
 
 class _RareOfValue:
@@ -46,13 +51,11 @@ class _RareOfValue:
 class Value(_RareOfValue):
     """A tensor's content between two writes."""
 
-    __slots__ = ("__dict__", "producer", "settled", "tracked")
+    __slots__ = ("__dict__", "producer", "tracked")
 
     def __init__(self, producer: int | None = None, tracked: bool = False) -> None:  # noqa: FBT001, FBT002
         self.producer = producer
         """Number of the operation that made it; None for what was there before."""
-        self.settled = tracked
-        """Whether nothing about it can change any more: the result of an operation that is tracked."""
         self.tracked = tracked
         """Whether it had a ``grad_fn``, or wanted a gradient as a leaf, when it was last looked at."""
 
@@ -149,8 +152,11 @@ class Write:
 class Record:
     """All that was noted of a pass; it holds no tensor alive."""
 
-    ops: list[Op] = field(default_factory=list)
-    values: list[Value] = field(default_factory=list)
+    _ops: list[Op] = field(default_factory=list, init=False)
+    _values: list[Value] = field(default_factory=list, init=False)
+    _brief: list[Any] = field(default_factory=list, init=False)
+    """What is not yet an object, for each operation with one result: function, values read (one as a bare
+    number), place, module, and whether the result is tracked."""
     backwards: list[Backward] = field(default_factory=list)
     writes: list[Write] = field(default_factory=list)
     steps: list[tuple[Place | None, frozenset[str]]] = field(default_factory=list)
@@ -177,6 +183,32 @@ class Record:
     """Values of unknown making, first read where the user's code calls a function of TorchScript."""
     opaque: bool = False
     """Whether tensors were met that torch.func or the like wraps, and that cannot be followed."""
+
+    @property
+    def ops(self) -> list[Op]:
+        """The operations, in the order in which they ran."""
+        if self._brief:
+            self._write_out()
+        return self._ops
+
+    @property
+    def values(self) -> list[Value]:
+        """The values, by number."""
+        if self._brief:
+            self._write_out()
+        return self._values
+
+    def _write_out(self) -> None:
+        """Make the objects for what was noted in brief."""
+        brief = iter(self._brief)
+        self._brief = []
+        ops, values = self._ops, self._values
+        for func, inputs, place, module, tracked in zip(*[brief] * IN_BRIEF, strict=True):
+            read = (inputs,) if type(inputs) is int else inputs
+            op = Op(len(ops), func, Kind.PLAIN, read, place, module)
+            op.outputs = (len(values),)
+            values.append(Value(op.index, tracked))
+            ops.append(op)
 
     def append_copy(self, inputs: tuple[int, ...], number: int, place: Place | None) -> None:
         """Note afterwards that a value was made from Python numbers."""

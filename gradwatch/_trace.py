@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
     from gradwatch._frames import Place
 from gradwatch._record import (
+    IN_BRIEF,
     Backward,
     Op,
     Record,
@@ -74,7 +75,8 @@ _traces = count()
 _eager = 0
 _stance = ExitStack()
 _log = logging.getLogger("gradwatch")
-_PLAIN = Kind.PLAIN
+_UNTRACKED = Value()
+"""Stands for the result of any operation that is not tracked."""
 _IGNORED = Traits(Kind.IGNORED)
 _NO_TENSORS = frozenset({int, float, bool, str, type(None), slice, torch.dtype, torch.device})
 
@@ -82,10 +84,12 @@ _NO_TENSORS = frozenset({int, float, bool, str, type(None), slice, torch.dtype, 
 class _Entry(weakref.ref[Tensor]):
     """A tensor, held weakly: one object, since one is made for every operation."""
 
-    __slots__ = ("value", "version")
+    __slots__ = ("open", "value", "version")
 
     value: int
     """Number of its present content."""
+    open: Value | None
+    """That content where something about it can still change; None for the tracked result of an operation."""
     version: int
 
 
@@ -158,8 +162,8 @@ class Trace(Record):
         self._names: dict[int, str] = {}
         self._paths: dict[int, str] = {}
         self._known: dict[int, _Entry] = {}
-        self._storages: dict[int, dict[int, _Entry]] = {}
-        """Per address the tensors over that memory by their ``id``, the one numbered last at the end."""
+        self._storages: dict[int, _Entry | dict[int, _Entry]] = {}
+        """Per address the tensor over that memory; several by their ``id``, the one numbered last at the end."""
         self._floats: dict[float, int] = {}
         self._exited = False
         self._gradients: dict[int, str] = {}
@@ -183,10 +187,14 @@ class Trace(Record):
                 value.label = None
             else:
                 value = self.values[self._register(tensor, Value(None, tensor.requires_grad))]
-            value.parameter, value.settled = name, False
+            self._ask_about(tensor, name, value)
         for path, module in modules.items():
             self._paths[id(module)] = path
             self._know_attributes(path, module)
+
+    def _ask_about(self, tensor: Tensor, name: str, value: Value) -> None:
+        value.parameter = name
+        self._known[id(tensor)].open = value
 
     # Life -------------------------------------------------------------------------------------
 
@@ -373,17 +381,38 @@ class Trace(Record):
             self.opaque = self.opaque or (hidden and not hasattr(tensor, "to_local"))
         entry = self._known[id(tensor)] = _Entry(tensor)
         entry.value, entry.version = number, version
+        entry.open = None if value.tracked else value
         if memory:
-            sharing = self._storages.setdefault(memory, {})
-            sharing.pop(id(tensor), None)
-            sharing[id(tensor)] = entry
+            self._share(memory, id(tensor), entry)
         return number
+
+    def _share(self, memory: int, key: int, entry: _Entry) -> None:
+        """Note that a tensor lies over some memory; those before it that died do not any more."""
+        sharing = self._storages.get(memory)
+        if isinstance(sharing, dict):
+            sharing.pop(key, None)
+            sharing[key] = entry
+        else:
+            other = None if sharing is None else sharing()
+            if sharing is None or other is None or id(other) == key:
+                self._storages[memory] = entry
+            else:
+                self._storages[memory] = {id(other): sharing, key: entry}
+
+    def _sharing(self, tensor: Tensor) -> list[_Entry]:
+        """Return what lies over the memory of a tensor, the one numbered last at the end."""
+        sharing = self._storages.get(memory_of(tensor) or 0)
+        if sharing is None:
+            return []
+        return list(sharing.values()) if isinstance(sharing, dict) else [sharing]
 
     def _read(self, tensor: Tensor) -> int:
         entry = self._known.get(id(tensor))
         if entry is None or entry() is not tensor:
             return self._discover(tensor)
-        value = self.values[entry.value]
+        value = entry.open
+        if value is None:
+            return entry.value
         if value.parameter is not None:
             wants = tensor.requires_grad
             value.tracked = value.tracked or wants
@@ -442,7 +471,7 @@ class Trace(Record):
         name = self._gathered(tensor)
         if name is not None:
             number = self._register(tensor, Value(None, tensor.requires_grad))
-            self.values[number].parameter, self.values[number].settled = name, False
+            self._ask_about(tensor, name, self.values[number])
             return number
         alias = self._alias(tensor)
         if alias is not None:
@@ -472,7 +501,7 @@ class Trace(Record):
 
     def _alias(self, tensor: Tensor) -> int | None:
         """Return the value over whose memory a leaf was put, where there is one."""
-        for entry in reversed(self._storages.get(memory_of(tensor) or 0, {}).values()):
+        for entry in reversed(self._sharing(tensor)):
             # The memory of a dead tensor may have been given to a new one: only a leaf that wants a
             # gradient is taken for its heir.
             if entry() is not None or tensor.requires_grad:
@@ -559,13 +588,12 @@ class Trace(Record):
 
     def _numbers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
         """Return the numbers of the values that a call is given."""
-        known, values, numbers = self._known, self.values, []
+        known, numbers = self._known, []
         arg: Any
         for arg in (*args, *kwargs.values()) if kwargs else args:
             entry = known.get(id(arg))
             if entry is not None and arg is entry():
-                number = entry.value
-                numbers.append(number if values[number].settled else self._read(arg))  # type: ignore[arg-type]
+                numbers.append(entry.value if entry.open is None else self._read(arg))  # type: ignore[arg-type]
             elif type(arg) not in _NO_TENSORS:
                 numbers.extend(map(self._read, tensors_in((arg,))))
         return numbers
@@ -586,23 +614,21 @@ class Trace(Record):
         tracked = node is not None
         if not tracked and numbers and _frames.is_distribution(frame.f_code):
             return False
-        index, number = len(self.ops), len(self.values)
+        brief = self._brief
+        made = len(brief) // IN_BRIEF
         module = self._running[-1][0] if self._running else ""
-        op = Op(index, func, _PLAIN, tuple(numbers), _frames.here(frame), module)
-        op.outputs = (number,)
-        self.ops.append(op)
+        inputs = numbers[0] if len(numbers) == 1 else tuple(numbers)
+        brief += (func, inputs, _frames.here(frame), module, tracked)
         if tracked:
-            node.metadata[self.tag] = index
-        self.values.append(Value(index, tracked))
+            node.metadata[self.tag] = len(self._ops) + made
         entry = self._known[key] = _Entry(result)
-        entry.value, entry.version = number, version
+        entry.value, entry.version = len(self._values) + made, version
+        entry.open = None if tracked else _UNTRACKED
         if memory:
-            sharing = self._storages.get(memory)
-            if sharing is None:
-                self._storages[memory] = {key: entry}
+            if memory in self._storages:
+                self._share(memory, key, entry)
             else:
-                sharing.pop(key, None)
-                sharing[key] = entry
+                self._storages[memory] = entry
         return True
 
     def _begin(self, call: _Call, kwargs: dict[str, Any]) -> None:
@@ -715,12 +741,9 @@ class Trace(Record):
         if not (tensor.is_floating_point() or tensor.is_complex()):
             op.into_integers = True
         if op.kind not in {Kind.SEVER, Kind.SET_DATA}:  # those change one tensor, not the memory
-            sharing = self._storages.get(memory_of(tensor) or 0, {})
-            for key, entry in list(sharing.items()):
+            for entry in self._sharing(tensor):
                 alias = entry()
-                if alias is None:
-                    del sharing[key]
-                elif alias is not tensor:
+                if alias is not None and alias is not tensor:
                     targets.append(alias)
                     read.append(entry.value)
         op.inputs = (*op.inputs, *read)
@@ -736,7 +759,7 @@ class Trace(Record):
         number = self._produce(target, op)
         if old.parameter is not None and node_of(target) is None:
             # Written under no_grad, a parameter stays the leaf whose gradient is asked about.
-            self.values[number].parameter, self.values[number].settled = old.parameter, False
+            self._ask_about(target, old.parameter, self.values[number])
             self.values[number].tracked = target.requires_grad
         return number, before
 
