@@ -55,6 +55,8 @@ class Kind(Enum):
     """Runs a backward pass that fills ``.grad``."""
     GRAD = auto()
     """``torch.autograd.grad``: values computed by a backward pass."""
+    HOOK = auto()
+    """Registers a hook, which may change a gradient between two nodes."""
     SET_DATA = auto()
     """Assigns ``.data``."""
     SET_GRAD = auto()
@@ -95,6 +97,7 @@ _BY_NAME = (
     | _words("as_tensor asarray", Kind.CONVERT)
     | _words("_set_grad_enabled", Kind.SET_MODE)
     | _words("requires_grad_", Kind.SET_FLAG)
+    | _words("register_hook", Kind.HOOK)
     | _words(
         "item tolist numpy __float__ __int__ __index__ __bool__ __complex__ __array__ __contains__ "
         "__format__ is_nonzero equal allclose",
@@ -106,7 +109,7 @@ _BY_NAME = (
         Kind.SHAPE_ONLY,
     )
     | _words(
-        "__repr__ __str__ __len__ __hash__ __reduce_ex__ register_hook retain_grad "
+        "__repr__ __str__ __len__ __hash__ __reduce_ex__ retain_grad "
         "register_post_accumulate_grad_hook dim size numel stride is_contiguous is_floating_point "
         "is_complex",
         Kind.IGNORED,

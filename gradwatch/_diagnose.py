@@ -130,7 +130,8 @@ class Inspection(BackwardListener):
         """Watch one backward pass."""
         self.sensor.before()
         try:
-            with watched_backward(roots, self.trace.tag, sizes=self.sizes) as passed:
+            hooked = bool(self.trace.hooks)
+            with watched_backward(roots, self.trace.tag, sizes=self.sizes, hooked=hooked) as passed:
                 self.passes.append(passed)
                 yield
         finally:

@@ -68,6 +68,8 @@ class Passed:
     totals: dict[int, float] = field(default_factory=dict)
     """The same of what came to a node in all, where it handed on zeros; on the CPU alone."""
 
+    dropped: list[tuple[int, int]] = field(default_factory=list)
+    """Where nodes that were not hooked themselves handed on nothing."""
     has_pieces: bool = False
     """Whether some node cuts its gradient into pieces, so that zeros have to be counted."""
     broken: Exception | None = None
@@ -82,6 +84,13 @@ class Passed:
     def tags(self) -> set[int]:
         """Numbers of the forward operations that the graph leads to."""
         return {node.tag for node in self.nodes if node.tag >= 0}
+
+    def received(self, number: int) -> bool:
+        """Tell whether a gradient came to a node, as far as those above it were observed."""
+        nodes = self.nodes
+        return any(nodes[upper].children[p] == number for upper, p in self.sizes) or not any(
+            number in node.children for node in nodes
+        )
 
     def withholders(self, leaf: int) -> list[Node]:
         """Return the nodes that withheld the gradient on the way to a leaf."""
@@ -235,6 +244,8 @@ _EMPTY = (_SATURATE | _MIX.keys()) | frozenset(
     for number in range(3)
 )
 """Operations whose backward leaves zeros where the forward left something out."""
+_sum = torch.sum  # as a method it takes longer
+_STRIDED = torch.strided
 _SMALL = 4096
 """Elements up to which no order of memory is worth looking for."""
 _ACCUMULATES = "torch::autograd::AccumulateGrad"
@@ -243,6 +254,8 @@ _HAND_ON = frozenset(
     for name in ("T View UnsafeView ReshapeAlias Transpose Permute Unsqueeze Squeeze Alias").split()  # noqa: SIM905
     for number in range(3)
 )
+_UNOBSERVED = _HAND_ON | {_ACCUMULATES}
+"""Nodes that get no hook."""
 
 
 def _is_zero(size: float) -> bool:
@@ -266,54 +279,62 @@ def walk(roots: Iterable[Tensor], tag_key: str) -> tuple[list[Node], list[Any]]:
     Cost:
         One visit per node, about a microsecond each; no kernel.
     """
-    numbers: dict[Any, int] = {}
-    plain: list[Node] = []
     found: list[Any] = []
-    parents: list[Any] = []
-    todo: list[tuple[Any, int]] = [
-        (root.grad_fn, TAG_UNKNOWN) for root in roots if root.grad_fn is not None
-    ]
-    while todo:
-        node, inherited = todo.pop()
-        if node in numbers:
-            continue
-        tag = node.metadata.get(tag_key, inherited)
-        numbers[node] = len(plain)
-        name, above = node.name(), node.next_functions
+    numbers: dict[Any, int] = {}
+    inherited: list[int] = []
+    plain: list[Node] = []
+    for root in roots:
+        if root.grad_fn is not None and root.grad_fn not in numbers:
+            numbers[root.grad_fn] = len(found)
+            found.append(root.grad_fn)
+            inherited.append(TAG_UNKNOWN)
+    for node in found:  # which grows
+        tag = node.metadata.get(tag_key)
+        if tag is None:
+            tag = inherited[len(plain)]
+        children = []
+        for child, _ in node.next_functions:
+            number = -1 if child is None else numbers.get(child)
+            if number is None:
+                number = numbers[child] = len(found)
+                found.append(child)
+                inherited.append(tag)
+            children.append(number)
+        name = node.name()
         leaf = id(node.variable) if name == _ACCUMULATES else None
-        plain.append(Node(name, tag, (), leaf, isinstance(node, BackwardCFunction)))
-        found.append(node)
-        parents.append(above)
-        for child, _ in above:
-            if child is not None and child not in numbers:
-                todo.append((child, tag))
-    for entry, above in zip(plain, parents, strict=True):
-        entry.children = tuple([-1 if child is None else numbers[child] for child, _ in above])
+        plain.append(Node(name, tag, tuple(children), leaf, isinstance(node, BackwardCFunction)))
     return plain, found
 
 
 @contextmanager
-def watched_backward(roots: list[Tensor], tag_key: str, *, sizes: bool) -> Iterator[Passed]:
+def watched_backward(
+    roots: list[Tensor], tag_key: str, *, sizes: bool, hooked: bool = False
+) -> Iterator[Passed]:
     """Observe the backward pass that runs inside, through hooks that are gone afterwards.
 
     Args:
         roots: The tensors that the pass starts from.
         tag_key: Key of the forward operation's number in a node's metadata.
         sizes: Whether to measure what every node hands on, to find where it became zero or NaN.
+        hooked: Whether tensors may have hooks that change a gradient between two nodes.
 
     Cost:
-        A hook on each custom Function's node; with ``sizes`` one on every node and one reduction per
-        gradient, copied to the host once at the end.
+        A hook on each custom Function's node; with ``sizes`` one on every other node at least and one reduction
+        per gradient, copied to the host once at the end.
     """
     passed = Passed()
     passed.nodes, found = walk(roots, tag_key)
     measured: list[tuple[tuple[int, int], Tensor]] | None = [] if sizes else None
-    passed.has_pieces = sizes and any(node.hands_out for node in passed.nodes)
+    passed.has_pieces = sizes and not _HAND_OUT.isdisjoint([node.name for node in passed.nodes])
+    first = len({root.grad_fn for root in roots if root.grad_fn is not None})
+    seen_below = _seen_below(passed, first) if sizes and not hooked else {}
+    spared = {edge[0] for edge in seen_below.values()}
     handles = []
-    for number, node in enumerate(found):
-        entry = passed.nodes[number]
-        if entry.leaf is None and (entry.custom or (sizes and not entry.hands_on)):
-            handles.append(node.register_hook(_observer(passed, number, measured)))
+    for number, entry in enumerate(passed.nodes):
+        if number not in spared and (entry.custom or (sizes and entry.name not in _UNOBSERVED)):
+            above = seen_below.get(number)
+            observer = partial(_observe, passed, number, entry.children, above, measured)
+            handles.append(found[number].register_hook(observer))
     del found
     try:
         yield passed
@@ -321,57 +342,133 @@ def watched_backward(roots: list[Tensor], tag_key: str, *, sizes: bool) -> Itera
         for handle in handles:
             handle.remove()
         passed.sizes.update(_to_host(measured or []))
+        for number, position in passed.dropped:
+            if passed.received(number):
+                passed.withheld[number] = (*passed.withheld.get(number, ()), position)
 
 
-def _observer(
-    passed: Passed, number: int, measured: list[tuple[tuple[int, int], Tensor]] | None
-) -> Any:
-    positions = [p for p, child in enumerate(passed.nodes[number].children) if child >= 0]
-    return partial(_observe, passed, number, positions, measured)
+def _seen_below(passed: Passed, roots: int) -> dict[int, tuple[int, int]]:
+    """Return which nodes need no hook, since what they hand on is all that some others get.
+
+    A hook costs as much as the operation that it observes; in a chain every other node is enough.
+
+    Args:
+        passed: A pass that has not begun.
+        roots: How many nodes it begins at; they are the first.
+
+    Returns:
+        Per node that sees it in its place, the node without a hook and the position in its ``children``.
+    """
+    nodes = passed.nodes
+    came = [1] * roots + [0] * (len(nodes) - roots)
+    for node in nodes:
+        for child in node.children:
+            if child >= 0:
+                came[child] += 1
+    needed = _UNOBSERVED | _EMPTY if passed.has_pieces else _UNOBSERVED
+    seen_below: dict[int, tuple[int, int]] = {}
+    spared: set[int] = set()
+    for number, node in enumerate(nodes):
+        if number in seen_below or came[number] > 1 or node.custom or node.name in needed:
+            continue
+        for child in node.children:
+            if child >= 0 and (
+                came[child] > 1 or child in spared or nodes[child].name in _UNOBSERVED
+            ):
+                break
+        else:
+            spared.add(number)
+            for position, child in enumerate(node.children):
+                if child >= 0:
+                    seen_below[child] = number, position
+    return seen_below
 
 
 def _observe(  # noqa: PLR0917 -- called for every node, and keywords cost
     passed: Passed,
     number: int,
-    positions: Sequence[int],
+    children: tuple[int, ...],
+    above: tuple[int, int] | None,
     measured: list[tuple[tuple[int, int], Tensor]] | None,
     grad_inputs: tuple[Any, ...],
     grad_outputs: tuple[Any, ...],
 ) -> None:
     try:
         missing: tuple[int, ...] = ()
-        for position in positions:
+        for position, child in enumerate(children):
             gradient = grad_inputs[position]
+            if child < 0:
+                continue
             if gradient is None:
                 missing = (*missing, position)
-            elif measured is not None:
-                size = _size(gradient)
-                if isinstance(size, float):
-                    passed.sizes[number, position] = size
-                    if size == 0.0:
-                        passed.totals[number] = _largest(grad_outputs)
-                else:
-                    measured.append(((number, position), size))
+            elif measured is not None and _measure(passed, (number, position), gradient, measured):
+                passed.totals[number] = _largest(grad_outputs)
+        if above is not None and measured is not None:
+            _note_came(passed, above, measured, grad_outputs)
         if passed.has_pieces and passed.nodes[number].name in _EMPTY:
-            _note_zeros(passed, number, positions, grad_inputs, grad_outputs)
+            _note_zeros(passed, number, grad_inputs, grad_outputs)
         if missing and any(gradient is not None for gradient in grad_outputs):
             passed.withheld[number] = missing
     except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
         passed.broken = error
 
 
+def _note_came(
+    passed: Passed,
+    edge: tuple[int, int],
+    measured: list[tuple[tuple[int, int], Tensor]],
+    grad_outputs: Sequence[Tensor | None],
+) -> None:
+    """Note what the node above, which has no hook, handed on: it is all that came."""
+    gradient = grad_outputs[0]
+    if len(grad_outputs) > 1:
+        gradient = next((each for each in grad_outputs if each is not None), None)
+    if gradient is None:
+        passed.dropped.append(edge)
+        return
+    _measure(passed, edge, gradient, measured)
+
+
+def _measure(
+    passed: Passed,
+    edge: tuple[int, int],
+    gradient: Tensor,
+    measured: list[tuple[tuple[int, int], Tensor]],
+) -> bool:
+    """Note the size of what was handed on, in ``measured`` where it is not on the CPU; tell if it is known as 0."""
+    if (
+        gradient.is_cpu
+        and gradient.numel() <= _SMALL
+        and type(gradient) is Tensor
+        and gradient.layout is _STRIDED
+        and not torch.is_grad_enabled()
+    ):
+        # NOTE [No small tensors] Thousands of them, alive until the pass ends, would lie between the
+        # large blocks of the heap: malloc could not give those back, and the peak would be higher.
+        total: float = abs(_sum(gradient).item())
+        if 0.0 < total < math.inf:
+            # A third of the time of what follows, which is right where numbers cancel too.
+            passed.sizes[edge] = total
+            return False
+    size = _size(gradient)
+    if isinstance(size, Tensor):
+        measured.append((edge, size))
+        return False
+    passed.sizes[edge] = size
+    return size == 0.0
+
+
 def _note_zeros(
     passed: Passed,
     number: int,
-    positions: Sequence[int],
     given: Sequence[Any],
     got: Sequence[Any],
 ) -> None:
     """Note to which inputs a node handed on more zeros than it got."""
     mixed = _MIX.get(passed.nodes[number].name)
     before = max((_share_of_zeros(g, mixed) for g in got if g is not None), default=0.0)
-    for position in positions:
-        if given[position] is not None and _share_of_zeros(given[position]) > before:
+    for position, child in enumerate(passed.nodes[number].children):
+        if child >= 0 and given[position] is not None and _share_of_zeros(given[position]) > before:
             passed.emptied.add((number, position))
 
 
@@ -420,11 +517,9 @@ def _size(gradient: Tensor) -> float | Tensor:
         return torch.maximum(most, -least)
     if count > _SMALL:
         gradient = _contiguous(gradient)
-    # NOTE [No small tensors] Thousands of them, alive until the pass ends, would lie between the
-    # large blocks of the heap: malloc could not give those back, and the peak would be higher.
-    total: float = abs(gradient.sum().item())
-    if 0.0 < total < math.inf:
-        return total  # a third of the time of what follows, which is right where numbers cancel too
+        total: float = abs(_sum(gradient).item())  # see NOTE [No small tensors]
+        if 0.0 < total < math.inf:
+            return total
     least, most = torch.aminmax(gradient)
     return max(abs(least.item()), abs(most.item()))
 

@@ -181,6 +181,8 @@ class Record:
     """Paths of modules that ran on another thread, which the mode does not see."""
     scripted: dict[int, Place | None] = field(default_factory=dict)
     """Values of unknown making, first read where the user's code calls a function of TorchScript."""
+    hooks: dict[int, Place | None] = field(default_factory=dict)
+    """Where a hook was registered on a value, by number."""
     opaque: bool = False
     """Whether tensors were met that torch.func or the like wraps, and that cannot be followed."""
 

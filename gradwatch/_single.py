@@ -169,7 +169,8 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
             lambda: [n for n in names if n not in wants],
             [n for n in names if n in unseen & wants],
         )
-        facts.measure({n: self._names.parameters[n] for n in names})
+        with inspection.trace.paused():  # the norms are ours, and no part of the pass
+            facts.measure({n: self._names.parameters[n] for n in names})
         self._judged.update(facts.statuses)
         self._norms.update(facts.stats.norms)
 

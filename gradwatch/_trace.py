@@ -75,6 +75,7 @@ _traces = count()
 _eager = 0
 _stance = ExitStack()
 _log = logging.getLogger("gradwatch")
+_NO_KEYWORDS: dict[str, Any] = {}
 _UNTRACKED = Value()
 """Stands for the result of any operation that is not tracked."""
 _IGNORED = Traits(Kind.IGNORED)
@@ -561,7 +562,7 @@ class Trace(Record):
         if traits.backward:
             return self._backward(func, traits, args, kwargs)
         try:
-            result = func(*args, **kwargs)
+            result = func(*args, **kwargs) if kwargs else func(*args)
         except Exception:
             self._note_failed(frame, func)
             raise
@@ -591,10 +592,12 @@ class Trace(Record):
         known, numbers = self._known, []
         arg: Any
         for arg in (*args, *kwargs.values()) if kwargs else args:
+            if type(arg) in _NO_TENSORS:
+                continue
             entry = known.get(id(arg))
             if entry is not None and arg is entry():
                 numbers.append(entry.value if entry.open is None else self._read(arg))  # type: ignore[arg-type]
-            elif type(arg) not in _NO_TENSORS:
+            else:
                 numbers.extend(map(self._read, tensors_in((arg,))))
         return numbers
 
@@ -625,10 +628,11 @@ class Trace(Record):
         entry.value, entry.version = len(self._values) + made, version
         entry.open = None if tracked else _UNTRACKED
         if memory:
-            if memory in self._storages:
-                self._share(memory, key, entry)
-            else:
+            sharing = self._storages.get(memory)
+            if sharing is None or (type(sharing) is _Entry and sharing() is None):
                 self._storages[memory] = entry
+            else:
+                self._share(memory, key, entry)
         return True
 
     def _begin(self, call: _Call, kwargs: dict[str, Any]) -> None:
@@ -644,6 +648,8 @@ class Trace(Record):
         elif kind is Kind.SET_DATA:
             call.read = call.read[1:]
         call.numbers = [self._read(tensor) for tensor in call.read]
+        if kind is Kind.HOOK:
+            self.hooks[call.numbers[0]] = _frames.here(sys._getframe(3))
         if self._exited:
             call.numbers += [self._floats[x] for x in fractions_in(args) if x in self._floats]
             call.plain = self._plain_arguments(args, kwargs)
@@ -915,7 +921,7 @@ class _Mode(TorchFunctionMode):
             if trace.broken is not None and traits_of(func).kind is Kind.BACKWARD:
                 return trace.backward_unrecorded(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
-        return trace.called(func, args, kwargs or {})
+        return trace.called(func, args, kwargs or _NO_KEYWORDS)
 
 
 @contextmanager
