@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 
+import pytest
 import torch
 from torch import nn
 
-from gradwatch._graph import _size, walk, watched_backward
+from gradwatch._graph import _observe, _size, walk, watched_backward
 from tests.cases import ReturnsNone
 
 KEY = "test"
@@ -212,3 +214,55 @@ def test_a_zero_that_views_hand_on_is_followed_through_them():
     passed = watched((h + kept).view(2, 3).sum())
 
     assert [passed.origin(id(leaf), zero=True) for leaf in (a, b)] == [2, None]
+
+
+GRAPHS = {
+    "chain": lambda w: (w * 2).tanh().exp().sin().mean(),
+    "residual": lambda w: (w + (w * 2).relu() * (w * 3).sigmoid()).sum(),
+    "pieces": lambda w: torch.cat([piece.tanh() for piece in w.split(1)]).square().sum(),
+    "views": lambda w: (w.t().reshape(-1)[None].squeeze(0) * 2).exp().log().sum(),
+    "two results": lambda w: sum(part.exp().sum() for part in (*w.topk(2)[:1], w.max(0).values)),
+    "custom": lambda w: ReturnsNone.apply((w * 2).exp().sin(), (w * 3).exp()).cos().sum(),
+    "saturated": lambda w: (w * 0.0).exp().clamp(2, 3).tanh().sum(),
+    "attention": lambda w: nn.functional.scaled_dot_product_attention(
+        w[None], w[None] * 2, w[None]
+    ).sum(),
+    "convolution": lambda w: (
+        nn.functional.conv1d(w[None] * 1, w[:, :, None] * 1).relu().exp().sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_what_a_node_without_a_hook_hands_on_is_seen_by_the_one_below(name):
+    """Fewer hooks tell the same sizes, on every edge of graphs of all shapes, as one on every node."""
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(3, 3))
+    seen = []
+    for hooked in (False, True):
+        loss = GRAPHS[name](w)
+        with watched_backward([loss], KEY, sizes=True, hooked=hooked) as passed:
+            loss.backward()
+        seen.append((passed.sizes, passed.withheld, passed.emptied))
+
+    assert len(seen[0][0]) > 2
+    assert seen[0] == seen[1]
+
+
+def test_a_chain_needs_a_hook_on_every_other_node():
+    """Of ten operations in a row five are hooked, which is what makes a traced step cheap."""
+    h = w = nn.Parameter(torch.ones(2))
+    for _ in range(10):
+        h = h * 2
+    calls = []
+
+    def count(frame, event, _):
+        if event == "call" and frame.f_code is _observe.__code__:
+            calls.append(frame)
+
+    with watched_backward([h], KEY, sizes=True):
+        sys.setprofile(count)
+        h.backward(torch.ones(2))
+        sys.setprofile(None)
+
+    assert (len(calls), w.grad.tolist()) == (5, [1024.0, 1024.0])
