@@ -57,6 +57,8 @@ class Kind(Enum):
     """``torch.autograd.grad``: values computed by a backward pass."""
     HOOK = auto()
     """Registers a hook, which may change a gradient between two nodes."""
+    READ_GRAD = auto()
+    """Reads ``.grad``."""
     SET_DATA = auto()
     """Assigns ``.data``."""
     SET_GRAD = auto()
@@ -120,7 +122,10 @@ _BY_FUNCTION: dict[Any, Kind] = {
     torch.autograd.backward: Kind.BACKWARD,
     torch.autograd.grad: Kind.GRAD,
 }
-_GETTERS = dict.fromkeys(("T", "mT", "H", "mH", "real", "imag"), Kind.PLAIN) | {"data": Kind.SEVER}
+_GETTERS = dict.fromkeys(("T", "mT", "H", "mH", "real", "imag"), Kind.PLAIN) | {
+    "data": Kind.SEVER,
+    "grad": Kind.READ_GRAD,
+}
 _SETTERS = {"data": Kind.SET_DATA, "grad": Kind.SET_GRAD, "requires_grad": Kind.SET_FLAG}
 _INPLACE_OPERATORS = frozenset(
     [

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -29,7 +30,31 @@ if TYPE_CHECKING:
     from gradwatch._record import Op, Write
     from gradwatch._trace import Trace
 
+    _Find = Callable[["_Raised"], str | None]
+
 _log = logging.getLogger("gradwatch")
+
+
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    """An error, and what is known of the step that it ended."""
+
+    error: Exception
+    inspection: Inspection
+    model: nn.Module
+
+    @property
+    def message(self) -> str:
+        return str(self.error)
+
+    @property
+    def trace(self) -> Trace:
+        return self.inspection.trace
+
+    def maker_of(self, number: int) -> Op | None:
+        """Return the operation that made a value, where it ran in this step."""
+        producer = self.trace.values[number].producer
+        return None if producer is None else self.trace.ops[producer]
 
 
 def add_note(
@@ -49,7 +74,7 @@ def add_note(
     if any("GradWatch" in note for note in getattr(error, "__notes__", ())):
         return
     try:
-        note = _note(str(error), inspection, model, known)
+        note = _note(error, inspection, model, known)
     except Exception as failure:  # noqa: BLE001 -- ours, never the user's problem
         _log.warning("an error could not be explained", exc_info=failure)
         return
@@ -58,11 +83,12 @@ def add_note(
 
 
 def _note(
-    message: str,
+    error: Exception,
     inspection: Inspection | None,
     model: nn.Module,
     known: tuple[Diagnosis, ...],
 ) -> str | None:
+    message = str(error)
     if "Expected to have finished reduction in the prior iteration" in message:
         missing = [d for d in known if d.status is Status.MISSING]
         said = [explain.render(diagnosis) for diagnosis in missing]
@@ -70,7 +96,9 @@ def _note(
     for words, find in _KINDS:
         if words in message:
             if inspection is not None:
-                return find(message, inspection, model)
+                return find(_Raised(error, inspection, model))
+            if find in _ONLY_TRACED:
+                return None
             kept = _kept_anywhere(model) if find is _twice else None
             return _words.error_note("kept", *kept) if kept else _words.error_note("untraced", None)
     return None
@@ -89,13 +117,16 @@ def _kept_anywhere(model: nn.Module) -> tuple[str, str] | None:
     return None
 
 
-def _no_history(message: str, inspection: Inspection, model: nn.Module) -> str | None:
+# Losses without a history, and what was kept ------------------------------------------------------
+
+
+def _no_history(raised: _Raised) -> str | None:
     """Explain a loss that was computed from nothing that wants a gradient."""
-    del message
+    inspection = raised.inspection
     parameters = inspection.parameters
     wanting = [name for name, parameter in parameters.items() if parameter.requires_grad]
     if not wanting:
-        return all_frozen(model)
+        return all_frozen(raised.model)
     found = inspection.diagnose(dict.fromkeys(wanting, Status.MISSING), 0)
     told = next((d for d in found if d.site is not None), found[0] if found else None)
     if told is None:
@@ -117,52 +148,15 @@ def _first_freezing(model: nn.Module) -> str | None:
     return None
 
 
-def _overwritten(message: str, inspection: Inspection, model: nn.Module) -> str | None:
-    """Explain a tensor that was saved for backward and changed before."""
-    del model
-    trace = inspection.trace
-    found = re.search(
-        r"\[(?:torch\.)?\S+ \[(.*?)\]\](?:, which is output \d+ of ([\w:]+),)? is at version (\d+); "
-        r"expected version (\d+)",
-        message,
-    )
-    if found is None:
-        return None
-    shape = tuple(int(size) for size in found[1].split(",") if size.strip())
-    write = _culprit([w for w in trace.writes if w.version > int(found[4])], shape, found[2])
-    if write is not None:
-        # A view that was made anew says nothing of what the user wrote.
-        maker = None if found[2] == "AsStrided" else found[2]
-        kind = "overwritten" if maker is None else "overwritten_result"
-        return _words.error_note(kind, _at(write.place), write.operation, maker)
-    if trace.steps:
-        return _words.error_note("optimizer_stepped", _at(trace.steps[-1][0]), found[2])
-    return None
-
-
-def _culprit(writes: list[Write], shape: tuple[int, ...], node: str | None) -> Write | None:
-    """Return the write that an error speaks of: by the node and the shape it names, as far as both help.
-
-    Views share a version, not a shape; the weight of a linear layer is saved transposed.
-    """
-    same = [w for w in writes if shape in w.shapes]
-    turned = [w for w in writes if sorted(shape) in map(sorted, w.shapes)]
-    for group in ([w for w in same if w.node == node and node is not None], same, turned):
-        if group:
-            return group[0]
-    return None if node is not None and "AccumulateGrad" in node else next(iter(writes), None)
-
-
-def _twice(message: str, inspection: Inspection, model: nn.Module) -> str | None:
+def _twice(raised: _Raised) -> str | None:
     """Explain a graph that an earlier backward pass has freed."""
-    del message
-    trace = inspection.trace
+    trace = raised.trace
     for op in trace.ops:
         if op.kind is Kind.LINK and op.place is None:
             reader = next(
                 (o for o in trace.ops[op.index :] if set(op.outputs) & set(o.inputs)), None
             )
-            kept = _kept_in(model, trace, op, reader)
+            kept = _kept_in(raised.model, trace, op, reader)
             if kept is not None:
                 return _words.error_note("kept", *kept)
     places = [_at(backward.place) for backward in trace.backwards]
@@ -191,45 +185,6 @@ def _kept_in(
     return (_statement(statements[0]) if statements else _at(reader.place)), ""
 
 
-def _in_function(kind: str) -> Callable[[str, Inspection, nn.Module], str | None]:
-    """Explain what the ``backward`` of a Function did wrong by the call of the Function."""
-
-    def find(message: str, inspection: Inspection, model: nn.Module) -> str | None:
-        del model
-        named = re.search(r"[Ff]unction (\w+) returned", message)
-        ops = inspection.trace.ops
-        if named is None:
-            called = [op for op in ops if op.wrapper is Wrapper.CUSTOM_FUNCTION]
-            return _words.error_note(kind, _at(called[-1].place)) if called else None
-        for node in (node for passed in inspection.passes for node in passed.nodes):
-            if node.custom and node.name == named[1] and node.tag >= 0:
-                return _words.error_note(kind, _at(ops[node.tag].place))
-        return None
-
-    return find
-
-
-def _without_derivative(message: str, inspection: Inspection, model: nn.Module) -> str | None:
-    """Explain an operation without a derivative, which torch may say only in the backward pass."""
-    named = re.search(r"derivative for '?(?:aten::)?(\w+)", message)
-    wanted = "" if named is None else named[1].strip("_")
-    for op in reversed(inspection.trace.ops):
-        if wanted and op.name.rpartition(".")[2].strip("_") == wanted:
-            return _words.error_note("no_derivative", _at(op.place))
-    return _failing("no_derivative")(message, inspection, model)
-
-
-def _without_formula(message: str, inspection: Inspection, model: nn.Module) -> str | None:
-    """Explain a custom operator that was registered without a derivative."""
-    del model
-    found = re.search(r"through (\w+\.\w+)", message)
-    wanted = "" if found is None else found[1]
-    for op in reversed(inspection.trace.ops):
-        if wanted and wanted in op.name:
-            return _words.error_note("no_formula", _at(op.place))
-    return None
-
-
 def _holds(value: Any, tensor: Any) -> bool:
     """Tell whether a value is a tensor, or a container that holds it."""
     if isinstance(value, dict):
@@ -239,28 +194,288 @@ def _holds(value: Any, tensor: Any) -> bool:
     )
 
 
-def _complex_loss(message: str, inspection: Inspection, model: nn.Module) -> str | None:
-    """Explain a loss that is a complex number by the operation that made it."""
-    del message, model
-    trace = inspection.trace
-    for root in trace.backwards[-1].roots if trace.backwards else ():
-        maker = trace.values[root].producer
-        if maker is not None:
-            return _words.error_note("complex_loss", _at(trace.ops[maker].place))
+def _copied(raised: _Raised) -> str | None:
+    """Explain the copy of a computed tensor by the attribute that keeps it, else by what made it."""
+    kept = _kept_anywhere(raised.model)
+    failed = raised.trace.failed
+    if kept is None:
+        return _failing("copy_of_a_result")(raised)
+    copied = None if failed is None else _at(failed.place)
+    return _words.error_note("copy_of_a_result", _both(f"{kept[0]} (kept here)", copied))
+
+
+# Writes in place ------------------------------------------------------------------------------------
+
+
+def _overwritten(raised: _Raised) -> str | None:
+    """Explain a tensor that was saved for backward and changed before."""
+    trace = raised.trace
+    found = re.search(
+        r"\[(?:torch\.)?\S+ \[(.*?)\]\](?:, which is output \d+ of ([\w:]+),)? is at version (\d+); "
+        r"expected version (\d+)",
+        raised.message,
+    )
+    if found is None:
+        return None
+    shape = tuple(int(size) for size in found[1].split(",") if size.strip())
+    later = [w for w in trace.writes if w.version > int(found[4])]
+    write = _culprit(later, shape, found[2], raised)
+    if write is not None:
+        # A view that was made anew says nothing of what the user wrote.
+        maker = None if found[2] == "AsStrided" else found[2]
+        kind = "overwritten" if maker is None else "overwritten_result"
+        return _words.overwritten(kind, _at(write.place), write.operation, maker)
+    for op in trace.ops:
+        read = {trace.values[number].parameter for number in op.inputs} - {None}
+        weights = [raised.inspection.parameters.get(name or "") for name in read]
+        if op.name.endswith(("embedding", "embedding_bag")) and any(
+            weight is not None and tuple(weight.shape) == shape for weight in weights
+        ):
+            return _words.error_note("renormed", _at(op.place))
+    if trace.steps:
+        return _words.error_note("optimizer_stepped", _at(trace.steps[-1][0]), found[2])
     return None
 
 
-def _failing(kind: str) -> Callable[[str, Inspection, nn.Module], str | None]:
-    """Explain an error by the call that raised it."""
+def _culprit(
+    writes: list[Write], shape: tuple[int, ...], node: str | None, raised: _Raised
+) -> Write | None:
+    """Return the write that an error speaks of: by the node and the shape it names, as far as both help.
 
-    def find(message: str, inspection: Inspection, model: nn.Module) -> str | None:
-        del message, model
-        failed = inspection.trace.failed
-        if failed is None or failed[0] is None:
-            return None
-        return _words.error_note(kind, _at(failed[0]))
+    Views share a version, not a shape; the weight of a linear layer is saved transposed.
+    """
+    passed = (each for one in raised.inspection.passes for each in one.nodes)
+    tags = {each.tag for each in passed if _is_named(node, each.name)}
+    by_node = [
+        w
+        for w in writes
+        if any(_is_named(node, other) for _, other in w.targets)
+        or any(raised.trace.values[number].producer in tags for number in w.before)
+    ]
+    same = [w for w in writes if any(shape == other for other, _ in w.targets)]
+    turned = [w for w in writes if sorted(shape) in [sorted(other) for other, _ in w.targets]]
+    for group in ([w for w in by_node if w in same], by_node, same, turned):
+        if group:
+            return group[0]
+    return None if node is not None and "AccumulateGrad" in node else next(iter(writes), None)
+
+
+def _is_named(node: str | None, other: str | None) -> bool:
+    """Tell whether two names are of one node: torch's messages leave `Backward0` out of some."""
+    return node is not None and other is not None and _stem(node) == _stem(other)
+
+
+def _stem(node: str) -> str:
+    return re.sub(r"Backward\d*$", "", node)
+
+
+def _view_without_history(raised: _Raised) -> str | None:
+    """Explain a write into a view that was made while gradient mode was off, by the making of the view."""
+    failed = raised.trace.failed
+    made = [raised.maker_of(n) for n in failed.read[:1]] if failed is not None else []
+    if failed is None or not made or made[0] is None:
+        return _failing("view_without_history")(raised)
+    both = _both(f"{_at(made[0].place)} (the view)", _at(failed.place))
+    return _words.error_note("view_without_history", both)
+
+
+# Derivatives that do not exist ----------------------------------------------------------------------
+
+
+def _in_function(kind: str) -> _Find:
+    """Explain what the ``backward`` of a Function did wrong by the call of the Function."""
+
+    def find(raised: _Raised) -> str | None:
+        named = re.search(r"[Ff]unction (\w+) returned", raised.message)
+        ops = raised.trace.ops
+        if named is None:
+            called = [op for op in ops if op.wrapper is Wrapper.CUSTOM_FUNCTION]
+            return _words.error_note(kind, _at(called[-1].place)) if called else None
+        for node in (node for passed in raised.inspection.passes for node in passed.nodes):
+            if node.custom and node.name == named[1] and node.tag >= 0:
+                return _words.error_note(kind, _at(ops[node.tag].place))
+        return None
 
     return find
+
+
+def _without_derivative(raised: _Raised) -> str | None:
+    """Explain an operation without a derivative, which torch may say only in the backward pass."""
+    named = re.search(r"derivative for '?(?:aten::)?(\w+)", raised.message)
+    wanted = "" if named is None else named[1].strip("_")
+    ops = raised.trace.ops
+    for op in reversed(ops):
+        if wanted and op.name.rpartition(".")[2].strip("_") == wanted:
+            return _words.error_note("no_derivative", _at(op.place))
+    # An inner operation of another name: the node of the graph is named after it.
+    camel = wanted.replace("_", "").removesuffix("backward")
+    for node in (node for passed in raised.inspection.passes for node in passed.nodes):
+        if camel and node.tag >= 0 and _stem(node.name).lower() == camel:
+            return _words.error_note("no_derivative", _at(ops[node.tag].place))
+    return _failing("no_derivative")(raised)
+
+
+def _without_formula(raised: _Raised) -> str | None:
+    """Explain a custom operator that was registered without a derivative."""
+    found = re.search(r"through (\w+\.\w+)", raised.message)
+    wanted = "" if found is None else found[1]
+    for op in reversed(raised.trace.ops):
+        if wanted and wanted in op.name:
+            return _words.error_note("no_formula", _at(op.place))
+    return None
+
+
+# What backward starts from, and is asked for --------------------------------------------------------
+
+
+def _loss_made_by(kind: str) -> _Find:
+    """Explain a loss of the wrong kind by the operation that made it."""
+
+    def find(raised: _Raised) -> str | None:
+        trace = raised.trace
+        for backward in trace.backwards[-1:]:
+            for root in backward.roots:
+                maker = raised.maker_of(root)
+                if maker is not None:
+                    return _words.error_note(kind, _both(_at(maker.place), _at(backward.place)))
+        return _failing(kind)(raised)
+
+    return find
+
+
+def _not_in_graph(raised: _Raised) -> str | None:
+    """Explain a tensor that an output was not computed from by the cut between the two."""
+    note = _failing("not_in_graph")(raised)
+    trace = raised.trace
+    if note is None or not trace.backwards:
+        return note
+    asked = trace.backwards[-1]
+    for cut in raised.inspection.cuts_between(asked.wanted, asked.roots):
+        if cut.site is not None:
+            both = _both(_words.place(cut.site), _at(asked.place))
+            return _words.error_note("cut_before", both, cut.operation or str(cut.cause))
+    return note
+
+
+def _number_for_a_loss(raised: _Raised) -> str | None:
+    """Explain a loss that is a number by the call that took it out of torch."""
+    leaving = [op for op in raised.trace.ops if op.kind is Kind.EXIT and not _is_truth(op)]
+    return _words.error_note("number", _at(leaving[-1].place)) if leaving else None
+
+
+def _is_truth(op: Op) -> bool:
+    return op.name.endswith("__bool__")
+
+
+def _inference(raised: _Raised) -> str | None:
+    """Explain a tensor of inference mode by the operation that made it."""
+    failed = raised.trace.failed
+    made = raised.maker_of(failed.read[0]) if failed is not None and failed.read else None
+    if failed is None or made is None or made.grad_mode:
+        return _failing("inference")(raised)
+    return _words.error_note(
+        "inference", _both(f"{_at(made.place)} (made here)", _at(failed.place))
+    )
+
+
+def _no_leaf(raised: _Raised) -> str | None:
+    """Explain a tensor given to an optimizer, or asked for ``.grad``, that is the result of an operation."""
+    given = _local(raised.error, "param")
+    node = None if given is None else node_of(given)
+    tag = None if node is None else node.metadata.get(raised.trace.tag)
+    return None if tag is None else _words.error_note("no_leaf", _at(raised.trace.ops[tag].place))
+
+
+def _none_for_a_gradient(raised: _Raised) -> str | None:
+    """Explain a None that came from ``.grad`` of a tensor that is no leaf."""
+    for read, number in reversed(raised.trace.grad_reads):
+        made = raised.maker_of(number)
+        where = _at(read)
+        if made is not None and where is not None and _line_of(raised.error) == _line(read):
+            both = _both(f"{_at(made.place)} (made here, so that it is no leaf)", where)
+            return _words.error_note("grad_of_a_result", both)
+    return None
+
+
+def _hooked(raised: _Raised) -> str | None:
+    """Explain a gradient that a hook changed wrongly by the line that registered the hook."""
+    places = set(raised.trace.hooks.values())
+    return _words.error_note("hook", _at(places.pop())) if len(places) == 1 else None
+
+
+def _recomputed(raised: _Raised) -> str | None:
+    """Explain a checkpoint whose second run differed by the only call of one in the model's classes."""
+    classes = {type(module) for module in raised.model.modules()}
+    calls = {
+        _statement(statement)
+        for cls in classes
+        if not cls.__module__.startswith("torch.")
+        for name in ("checkpoint", "checkpoint_sequential")
+        for statement in _source.calls_of(cls, name)
+    }
+    return _words.error_note("recomputed", calls.pop()) if len(calls) == 1 else None
+
+
+# Where it failed ------------------------------------------------------------------------------------
+
+
+def _failing(kind: str) -> _Find:
+    """Explain an error by the call that raised it."""
+
+    def find(raised: _Raised) -> str | None:
+        failed = raised.trace.failed
+        if failed is None or failed.place is None:
+            return None
+        return _words.error_note(kind, _at(failed.place))
+
+    return find
+
+
+def _raising(kind: str) -> _Find:
+    """Explain an error by the user's own line that it passed last, where no call of torch's is known."""
+
+    def find(raised: _Raised) -> str | None:
+        place = None
+        traceback = raised.error.__traceback__
+        while traceback is not None:
+            frame = traceback.tb_frame
+            if _frames.owner(frame.f_code) is _frames.Owner.USER:
+                place = _frames.Place(frame.f_code, traceback.tb_lasti)
+            traceback = traceback.tb_next
+        return None if place is None else _words.error_note(kind, _at(place))
+
+    return find
+
+
+def _local(error: Exception, name: str) -> Tensor | None:
+    """Return a tensor that a local variable held in the frame that raised."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    held = None if traceback is None else traceback.tb_frame.f_locals.get(name)
+    return held if isinstance(held, Tensor) else None
+
+
+def _line_of(error: Exception) -> tuple[str, int] | None:
+    """Return file and line at which an error was raised."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return None
+    return traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
+
+
+def _line(place: _frames.Place | None) -> tuple[str, int] | None:
+    site = _frames.site_of(place)
+    return None if place is None or site is None else (place.code.co_filename, site.line)
+
+
+def _both(first: str | None, second: str | None) -> str | None:
+    """Return two places of a note, the root first; one where they are the same, or one is not known."""
+    if first is None or second is None or first == second:
+        return first or second
+    return f"{first}\n  --> {second}"
 
 
 def _statement(statement: _source.Statement) -> str:
@@ -272,27 +487,42 @@ def _at(place: _frames.Place | None) -> str | None:
     return None if site is None else _words.place(site)
 
 
-_KINDS: tuple[tuple[str, Callable[[str, Inspection, nn.Module], str | None]], ...] = (
+_KINDS: tuple[tuple[str, _Find], ...] = (
     ("does not require grad and does not have a grad_fn", _no_history),
     ("modified by an inplace operation", _overwritten),
     ("Trying to backward through the graph a second time", _twice),
     ("a leaf Variable that requires grad is being used in an in-place", _failing("leaf_in_place")),
     ("a view of a leaf Variable that requires grad", _failing("leaf_in_place")),
     ("invalid index of a 0-dim tensor", _failing("index_of_scalar")),
-    ("can be implicitly created only for scalar outputs", _failing("not_scalar")),
-    ("can be implicitly created only for real scalar outputs", _complex_loss),
+    ("can be implicitly created only for scalar outputs", _loss_made_by("not_scalar")),
+    ("can be implicitly created only for real scalar outputs", _loss_made_by("complex_loss")),
     ("an `inputs` parameter", _failing("reentrant_inputs")),
-    ("Inference tensors cannot be saved for backward", _failing("inference")),
-    ("Inplace update to inference tensor", _failing("inference")),
+    ("Inference tensors cannot be saved for backward", _inference),
+    ("Inplace update to inference tensor", _inference),
     ("is not differentiable with respect to argument", _failing("no_derivative")),
     ("is not implemented", _without_derivative),
     ("no autograd formula was registered", _without_formula),
+    ("view was created in no_grad mode and is being modified inplace", _view_without_history),
     ("is being modified inplace", _failing("view_in_place")),
     ("Can't call numpy() on Tensor that requires grad", _failing("numpy")),
     ("nly Tensors of floating point", _failing("integer")),
-    ("Only Tensors created explicitly by the user", _failing("copy_of_a_result")),
-    ("appears to not have been used in the graph", _failing("not_in_graph")),
+    ("Only Tensors created explicitly by the user", _copied),
+    ("appears to not have been used in the graph", _not_in_graph),
+    ("One of the differentiated Tensors does not require grad", _failing("not_wanting")),
+    ("you can only change requires_grad flags of leaf variables", _failing("flag_of_a_result")),
     ("returned an incorrect number of gradients", _in_function("wrong_count")),
     ("returned an invalid gradient", _in_function("wrong_shape")),
     ("marked with @once_differentiable", _in_function("once_differentiable")),
+    ("has changed the size of value", _hooked),
+    ("has changed the type of value", _hooked),
+    ("number of tensors was saved during the original forward and recomputation", _recomputed),
+    ("Recomputed values for the following tensors have different metadata", _recomputed),
+    ("can't optimize a non-leaf Tensor", _no_leaf),
+    ("object has no attribute 'backward'", _number_for_a_loss),
+    ("'NoneType'", _none_for_a_gradient),
+    ("vmap: It looks like you're calling .item() on a Tensor", _raising("item_in_vmap")),
+    ("to return a scalar Tensor", _raising("func_of_a_vector")),
+    ("to return a scalar tensor", _raising("func_of_a_vector")),
 )
+_ONLY_TRACED = frozenset([_none_for_a_gradient, _number_for_a_loss])
+"""Words that other errors have too: nothing is said of them where the step was not traced."""

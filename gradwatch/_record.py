@@ -133,6 +133,8 @@ class Backward:
     """False for ``torch.autograd.grad``, which fills no ``.grad``."""
     inputs: frozenset[int] | None = None
     """``id`` of the tensors named by ``inputs=``; None when it was not given."""
+    wanted: tuple[int, ...] = ()
+    """The values named by it."""
 
 
 @dataclass(slots=True)
@@ -140,12 +142,22 @@ class Write:
     """A tensor changed in place: what an error about saved tensors is explained with."""
 
     place: Place | None
-    shapes: frozenset[tuple[int, ...]]
-    """Shapes of the tensor and of those that share its memory."""
+    targets: frozenset[tuple[tuple[int, ...], str | None]]
+    """Shapes of the tensor and of those that share its memory, with the nodes that had made them before
+    where the call's name tells that it writes."""
     version: int
     operation: str
-    node: str | None
-    """Name of the autograd node that had made the tensor before the write."""
+    before: tuple[int, ...] = ()
+    """The values that were overwritten."""
+
+
+@dataclass(slots=True)
+class Failed:
+    """A call of the user's that raised."""
+
+    place: Place | None
+    read: tuple[int, ...] = ()
+    """The values that it was given, those made under ``torch.inference_mode()`` first."""
 
 
 @dataclass
@@ -174,8 +186,7 @@ class Record:
     modules_run: set[str] = field(default_factory=set)
     foreign: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
     """Tensors with a ``grad_fn`` that were made out of sight, by the operation that stands for it."""
-    failed: tuple[Place | None, Any] | None = None
-    """The call of the user's that raised, and its place."""
+    failed: Failed | None = None
     in_backward: bool = False
     elsewhere: set[str] = field(default_factory=set)
     """Paths of modules that ran on another thread, which the mode does not see."""
@@ -183,6 +194,8 @@ class Record:
     """Values of unknown making, first read where the user's code calls a function of TorchScript."""
     hooks: dict[int, Place | None] = field(default_factory=dict)
     """Where a hook was registered on a value, by number."""
+    grad_reads: list[tuple[Place | None, int]] = field(default_factory=list)
+    """Where ``.grad`` of a value that is no leaf was read and was None, with the value's number."""
     opaque: bool = False
     """Whether tensors were met that torch.func or the like wraps, and that cannot be followed."""
 

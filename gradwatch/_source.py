@@ -817,6 +817,23 @@ def freezings(cls: type) -> list[Statement]:
     return _statements(file, own or [n for n in ast.walk(module) if _freezes(n)])
 
 
+def calls_of(cls: type, name: str) -> list[Statement]:
+    """Return where the methods of a class call a function of this name, also as ``module.name``."""
+    file = file_of(cls)
+    module = None if file is None else tree(file)
+    if file is None or module is None:
+        return []
+    return _statements(
+        file,
+        [
+            node
+            for definition in _classes(module, cls.__qualname__)
+            for node in ast.walk(definition)
+            if isinstance(node, ast.Call) and _last_name(node.func) == name
+        ],
+    )
+
+
 def _freezes(node: ast.AST) -> bool:
     if isinstance(node, ast.Assign):
         return any(

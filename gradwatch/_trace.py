@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 from gradwatch._record import (
     IN_BRIEF,
     Backward,
+    Failed,
     Op,
     Record,
     Value,
@@ -105,7 +106,7 @@ class _Closed:
 class _Call:
     """A call between its beginning and its end."""
 
-    node: str | None = None
+    targets: frozenset[tuple[tuple[int, ...], str | None]] = frozenset()
     plain: frozenset[int | str] | None = None
 
     def __init__(
@@ -564,7 +565,7 @@ class Trace(Record):
         try:
             result = func(*args, **kwargs) if kwargs else func(*args)
         except Exception:
-            self._note_failed(frame, func)
+            self._note_failed(frame, args, kwargs)
             raise
         try:
             if simple and self._finish_simple(func, numbers, result, frame):
@@ -577,9 +578,10 @@ class Trace(Record):
             self.give_up(error)
         return result
 
-    def _note_failed(self, frame: Any, func: Any) -> None:
+    def _note_failed(self, frame: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
-            self.failed = (_frames.here(frame), func)
+            read = sorted(read_by(args, kwargs), key=lambda tensor: not tensor.is_inference())
+            self.failed = Failed(_frames.here(frame), tuple(map(self._read, read)))
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
 
@@ -643,7 +645,7 @@ class Trace(Record):
             self._note_gradient(args[0], args[1] if len(args) > 1 else None)
         elif kind is Kind.SET_FLAG:
             self._note_flag(args, kwargs)
-        if kind is Kind.SET_GRAD or kind is Kind.SET_FLAG:
+        if kind is Kind.SET_GRAD or kind is Kind.SET_FLAG or kind is Kind.READ_GRAD:
             call.read = []
         elif kind is Kind.SET_DATA:
             call.read = call.read[1:]
@@ -653,8 +655,13 @@ class Trace(Record):
         if self._exited:
             call.numbers += [self._floats[x] for x in fractions_in(args) if x in self._floats]
             call.plain = self._plain_arguments(args, kwargs)
-        if call.traits.writes and call.read and (node := node_of(call.read[0])) is not None:
-            call.node = node.name()
+        if call.traits.writes and call.read:
+            sharing = [entry() for entry in self._sharing(call.read[0])]
+            call.targets = frozenset(
+                (shape_of(tensor), _node_name(tensor))
+                for tensor in (call.read[0], *sharing)
+                if tensor is not None
+            )
 
     def _finish(self, call: _Call, result: Any, frame: Any) -> None:
         kind = call.traits.kind
@@ -662,6 +669,10 @@ class Trace(Record):
             self._leave_torch(call, result, frame)
             return
         if kind is Kind.SET_FLAG:
+            return
+        if kind is Kind.READ_GRAD:
+            if result is None and not call.args[0].is_leaf:
+                self.grad_reads.append((_frames.here(frame), self._read(call.args[0])))
             return
         if kind is Kind.CONVERT:
             kind = _converted(call, result)
@@ -753,9 +764,11 @@ class Trace(Record):
                     targets.append(alias)
                     read.append(entry.value)
         op.inputs = (*op.inputs, *read)
-        shapes = frozenset(shape_of(target) for target in targets)
-        self.writes.append(Write(op.place, shapes, version_of(tensor), op.name, call.node))
+        targets_before = call.targets or frozenset((shape_of(target), None) for target in targets)
         op.kept = dict(self._rewrite(target, op) for target in targets)
+        write = Write(op.place, targets_before, version_of(tensor), op.name)
+        write.before = tuple(op.kept.values())
+        self.writes.append(write)
 
     def _rewrite(self, target: Tensor, op: Op) -> tuple[int, int]:
         """Give a tensor a new value; return its number, and that of the one it had before."""
@@ -831,7 +844,10 @@ class Trace(Record):
             place = _frames.here(sys._getframe(3))
             roots, inputs = _roots_and_inputs(func, args, kwargs)
             numbers = tuple(self._read(root) for root in roots)
-            self.backwards.append(Backward(numbers, place, accumulates, inputs))
+            asked = None if inputs is None else frozenset(id(tensor) for tensor in inputs)
+            wanted = [self._known.get(id(tensor)) for tensor in inputs or ()]
+            self.backwards.append(Backward(numbers, place, accumulates, asked))
+            self.backwards[-1].wanted = tuple(entry.value for entry in wanted if entry is not None)
             if accumulates:
                 around = self._entered(roots)
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
@@ -839,7 +855,7 @@ class Trace(Record):
         try:
             result = self._surrounded(func, args, kwargs, around)
         except Exception:
-            self.failed = (place, func)
+            self.failed = Failed(place, numbers)
             raise
         try:
             self.know_gradients()
@@ -892,6 +908,11 @@ def _converted(call: _Call, result: Any) -> Kind:
     if not (call.args and isinstance(call.args[0], Tensor)):
         return Kind.COPY_VALUES
     return Kind.PLAIN if getattr(result, "requires_grad", True) else Kind.SEVER
+
+
+def _node_name(tensor: Tensor) -> str | None:
+    node = node_of(tensor)
+    return None if node is None else node.name()
 
 
 def _made(call: _Call, result: Any) -> list[Tensor]:
@@ -949,14 +970,13 @@ def _eager_regions() -> Iterator[None]:
 
 def _roots_and_inputs(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[Tensor], frozenset[int] | None]:
-    """Return the tensors that a backward pass starts from, and the ``id`` of those it is for."""
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Return the tensors that a backward pass starts from, and those it is for where these are named."""
     positions = {Tensor.backward: 4, torch.autograd.backward: 5, torch.autograd.grad: 1}
     position = positions[func]
     first = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
     inputs = args[position] if len(args) > position else kwargs.get("inputs")
-    named = None if inputs is None else frozenset(id(t) for t in tensors_in((inputs,)))
-    return list(tensors_in((first,))), named
+    return list(tensors_in((first,))), None if inputs is None else list(tensors_in((inputs,)))
 
 
 def _has_fast_path(module: nn.Module) -> bool:

@@ -347,11 +347,59 @@ ERRORS = {
     "no_history": ("no parameter that requires grad reaches the loss", None),
     "overwritten": (
         "`{1}` changes a tensor in place here that a backward needs as it was",
-        "write `x = x + y` in place of `x += y`, or change it after the backward pass",
+        "{2}, or change it after the backward pass",
     ),
     "overwritten_result": (
-        "`{1}` changes in place here what `{2}` made, and a backward needs it as it was",
-        "write `x = x + y` in place of `x += y`, or pass `inplace=False`",
+        "`{1}` changes in place here what `{3}` made, and a backward needs it as it was",
+        "{2}",
+    ),
+    "renormed": (
+        "`max_norm` makes this call change the table in place, and an earlier operation needs it as it was",
+        "look everything up in one call, or give the earlier operation `weight.clone()`",
+    ),
+    "view_without_history": (
+        "a view that was made under `torch.no_grad()` is changed in place where gradients are on",
+        "make the view where gradients are on, or `.clone()` it",
+    ),
+    "cut_before": (
+        "a gradient is asked for a tensor that the output was not computed from: `{1}` cuts it off here",
+        "take the gradient with respect to the tensor that goes into the output",
+    ),
+    "not_wanting": (
+        "a gradient is asked of, or for, a tensor that does not require grad",
+        "call `.requires_grad_()` on the input before it is used, and look for a `detach` or `no_grad` on the way",
+    ),
+    "flag_of_a_result": (
+        "`requires_grad` is switched off for the result of an operation, which only leaves allow",
+        "write `x = x.detach()`",
+    ),
+    "hook": (
+        "a hook that is registered here returns a gradient of another shape or type than it was given",
+        "return a gradient like the one that came, or None to leave it as it is",
+    ),
+    "recomputed": (
+        "what runs inside of this checkpoint does something else when backward runs it again",
+        "let it depend on its arguments alone: no counter, no random number of Python's, no state that it changes",
+    ),
+    "no_leaf": (
+        "an optimizer is given the result of this operation, which is no leaf",
+        "make it a leaf: `x = (...).detach().requires_grad_()`, or call `requires_grad_()` last",
+    ),
+    "grad_of_a_result": (
+        "`.grad` is None here: it is kept for leaves, and this is the result of an operation",
+        "call `.retain_grad()` before the backward pass, or make it a leaf: `x = x.detach().requires_grad_()`",
+    ),
+    "number": (
+        "the loss is a number: it left torch here, and has no `backward`",
+        "add up the tensors themselves, and take `.item()` for the log only",
+    ),
+    "item_in_vmap": (
+        "`vmap` cannot take a number out of a batch of tensors",
+        "stay in torch: `torch.clamp`, `torch.where` and `torch.minimum` do without `.item()`",
+    ),
+    "func_of_a_vector": (
+        "`torch.func.grad` is given a function that returns a tensor with several elements",
+        "reduce it to one number inside of the function, with `.mean()` or `.sum()`",
     ),
     "optimizer_stepped": (
         "the optimizer changes weights here that this backward still needs ({1})",
@@ -432,6 +480,47 @@ ERRORS = {
 }
 
 
+_AUGMENTED = {
+    "add_": "+",
+    "sub_": "-",
+    "mul_": "*",
+    "div_": "/",
+    "pow_": "**",
+    "__iadd__": "+",
+    "__isub__": "-",
+    "__imul__": "*",
+    "__itruediv__": "/",
+    "__ipow__": "**",
+}
+"""Operations in place that Python has an operator for."""
+_WITHOUT_RESULT = frozenset(
+    ["__setitem__", "zero_", "fill_", "copy_", "normal_", "uniform_", "set_"]
+)
+"""Those that have no twin which leaves its argument as it is."""
+
+
+def overwritten(kind: str, where: str | None, operation: str, maker: str | None) -> str:
+    """Return the note on a tensor that was changed before a backward needed it, with the way around the write.
+
+    Example:
+        >>> print(overwritten("overwritten", None, "torch.Tensor.masked_fill_", None))
+        `torch.Tensor.masked_fill_` changes a tensor in place here that a backward needs as it was
+          = help: use what `masked_fill` returns, or change it after the backward pass
+    """
+    short = operation.rpartition(".")[2]
+    # `x += y` is an `add_` too.
+    sign = _AUGMENTED.get(short)
+    if sign is not None and where is not None and f"{sign}=" in where:
+        advice = f"write `x = x {sign} y` in place of `x {sign}= y`"
+    elif short in _WITHOUT_RESULT:
+        advice = "write into a `.clone()` of it, or choose with `torch.where`"
+    elif short.endswith("_"):
+        advice = f"use what `{short.removesuffix('_')}` returns"
+    else:
+        advice = "pass `inplace=False`"
+    return error_note(kind, where, operation, advice, maker)
+
+
 def error_note(kind: str, where: str | None, *facts: str | None) -> str:
     """Return the note that is added to an error: the root cause's place, the fact, and the way out.
 
@@ -447,11 +536,12 @@ def error_note(kind: str, where: str | None, *facts: str | None) -> str:
           = help: read its number with `.item()`
     """
     fact, advice = ERRORS[kind]
-    lines = [fact.format(where, *("an operation" if given is None else given for given in facts))]
+    gaps = (where, *("an operation" if given is None else given for given in facts))
+    lines = [fact.format(*gaps)]
     if where is not None:
         lines.append(f"  --> {where}")
     if advice is not None:
-        lines.append(f"  = help: {advice}")
+        lines.append(f"  = help: {advice.format(*gaps)}")
     return "\n".join(lines)
 
 

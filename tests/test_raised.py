@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import re
+import warnings
 from functools import cached_property
 
 import pytest
@@ -184,7 +186,7 @@ class MadeInInferenceMode(Net):
 
 class ViewOfSavedChanged(Net):
     words = "modified by an inplace operation"
-    advice = "in place of `x += y`"
+    advice = "write into a `.clone()` of it"
 
     def forward(self, x):
         h = torch.sigmoid(self.enc(x))
@@ -196,7 +198,7 @@ class ViewOfSavedChanged(Net):
 
 class WeightsDecayedTooEarly(Net):
     words = "modified by an inplace operation"
-    advice = "in place of `x += y`"
+    advice = "use what `mul` returns, or change it after the backward pass"
 
     def run(self, x):
         loss = self.head(torch.relu(self.enc(x))).mean()
@@ -395,6 +397,216 @@ class ReentrantWithInputs(Net):
     def run(self, x):
         x.requires_grad_()
         checkpoint(self.enc, x, use_reentrant=True).mean().backward(inputs=[x])  # <- here
+
+
+class WrittenAfterHarmlessWrites(Net):
+    words = "modified by an inplace operation"
+    advice = "use what `masked_fill` returns"
+
+    def forward(self, x):
+        other = torch.zeros(4, 3)
+        other += 1
+        h = self.enc(x)
+        h += other
+        h = h.softmax(-1)
+        h.masked_fill_(x > 0, 0.0)  # <- here
+        return self.head(h).mean()
+
+
+class DroppedInPlace(Net):
+    words = "modified by an inplace operation"
+    advice = "pass `inplace=False`"
+
+    def forward(self, x):
+        h = F.relu(self.enc(x), inplace=True)
+        h = torch.tanh(self.enc(h))
+        h = F.dropout(h, 0.3, inplace=True)  # <- here
+        return self.head(h).mean()
+
+
+class WrittenThroughAnotherView(Net):
+    words = "modified by an inplace operation"
+    advice = "write `x = x * y` in place of `x *= y`"
+
+    def forward(self, x):
+        h = torch.zeros(4, 3)
+        h *= 0.5
+        h = torch.softmax(self.enc(x), -1)
+        first = h[:, :1]
+        first *= 0.5  # <- here
+        return self.head(h).mean()
+
+
+class Renormed(Net):
+    words = "modified by an inplace operation"
+    advice = "weight.clone()"
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(5, 3, max_norm=0.1)
+
+    def forward(self, x):
+        all_rows = self.table.weight @ self.enc(x).T
+        rows = self.table(torch.arange(4))  # <- here
+        return self.head(rows).mean() + all_rows.mean()
+
+
+class VectorFromALoss(Net):
+    words = "can be implicitly created only for scalar outputs"
+    advice = "reduce it to one number"
+
+    def forward(self, x):
+        return F.mse_loss(self.head(self.enc(x)), x[:, :1], reduction="none")  # <- here
+
+
+class PenaltyOfADetachedPoint(Net):
+    words = "appears to not have been used in the graph"
+    advice = "with respect to the tensor that goes into the output"
+
+    def forward(self, x):
+        point = (x * 0.5).requires_grad_()
+        score = self.head(self.enc(point.data))  # <- here
+        (slope,) = torch.autograd.grad(score.sum(), point, create_graph=True)
+        return slope.square().mean()
+
+
+class PointWithoutGradient(Net):
+    words = "One of the differentiated Tensors does not require grad"
+    advice = "`.requires_grad_()` on the input"
+
+    def forward(self, x):
+        (slope,) = torch.autograd.grad(self.head(x).sum(), x, create_graph=True)  # <- here
+        return slope.mean()
+
+
+class FeatureFromInferenceMode(Net):
+    words = "Inference tensors cannot be saved for backward"
+    advice = "make it under `torch.no_grad()`"
+
+    def features(self, x):
+        with torch.inference_mode():
+            return self.enc(x)  # <- here
+
+    def forward(self, x):
+        return self.head(self.features(x)).mean()
+
+
+class CopiedWithAFeatureOnIt(Net):
+    words = "Only Tensors created explicitly by the user"
+    advice = "do not keep the result"
+
+    def forward(self, x):
+        self.last = self.enc(x)  # <- here
+        copy.deepcopy(self)
+
+
+class SecondDerivativeOfAttention(Net):
+    words = "is not implemented"
+    advice = "use a differentiable operation"
+
+    def forward(self, x):
+        x = x[None, None].requires_grad_()
+        h = F.scaled_dot_product_attention(self.enc(x), x, x)  # <- here
+        (slope,) = torch.autograd.grad(h.sum(), x, create_graph=True)
+        return slope.square().mean()
+
+
+class OptimizedResult(Net):
+    words = "can't optimize a non-leaf Tensor"
+    advice = "call `requires_grad_()` last"
+
+    def run(self, x):
+        latent = torch.randn(3, requires_grad=True) * 0.1  # <- here
+        torch.optim.SGD([latent], 0.1)
+
+
+class LossOfAFloat(Net):
+    words = "'float' object has no attribute 'backward'"
+    advice = "take `.item()` for the log only"
+
+    def forward(self, x):
+        total = 0.0
+        for row in x:
+            if row.sum() > -100:
+                total += self.head(self.enc(row)).mean().item()  # <- here
+        return total
+
+
+class GradOfAResult(Net):
+    words = "'NoneType' object has no attribute 'sign'"
+    advice = "call `.retain_grad()`"
+
+    def run(self, x):
+        x = x.requires_grad_() * 1.0  # <- here
+        self.head(self.enc(x)).mean().backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            x.grad.sign()
+
+
+class FlagOfAResult(Net):
+    words = "you can only change requires_grad flags of leaf variables"
+    advice = "write `x = x.detach()`"
+
+    def forward(self, x):
+        h = self.enc(x)
+        h.requires_grad = False  # <- here
+        return self.head(h).mean()
+
+
+class ViewMadeWithoutGradient(Net):
+    words = "view was created in no_grad mode"
+    advice = "make the view where gradients are on"
+
+    def forward(self, x):
+        h = self.enc(x)
+        with torch.no_grad():
+            first = h[:, 0]  # <- here
+        first += 1
+        return self.head(h).mean()
+
+
+class HookOfAnotherShape(Net):
+    words = "has changed the size of value"
+    advice = "return a gradient like the one that came"
+
+    def forward(self, x):
+        h = self.enc(x)
+        h.register_hook(lambda gradient: gradient.sum(0))  # <- here
+        return self.head(h).mean()
+
+
+class NumberInVmap(Net):
+    words = "calling .item() on a Tensor"
+    advice = "do without `.item()`"
+
+    def forward(self, x):
+        h = self.head(self.enc(x))
+        return torch.vmap(lambda row: row * min(1.0, row.abs().sum().item()))(h).mean()  # <- here
+
+
+class GradOfAVectorFunction(Net):
+    words = "to return a scalar"
+    advice = "reduce it to one number inside of the function"
+
+    def forward(self, x):
+        return torch.func.grad(lambda row: self.head(row) * torch.ones(2))(x[0]).mean()  # <- here
+
+
+class RecomputedDifferently(Net):
+    words = "number of tensors was saved during the original forward and recomputation"
+    advice = "let it depend on its arguments alone"
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def block(self, x):
+        self.calls += 1
+        return self.enc(x).exp().sigmoid().sin() if self.calls % 2 else torch.tanh(self.enc(x))
+
+    def forward(self, x):
+        return self.head(checkpoint(self.block, x, use_reentrant=False)).mean()  # <- here
 
 
 CASES = [
