@@ -14,22 +14,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradwatch import _frames, _words, explain
 from gradwatch._calls import Kind, Wrapper
 from gradwatch._flow import Cut, Flow, follow
 from gradwatch._graph import Passed, walk, watched_backward
 from gradwatch._record import Backward, Op, label_of
-from gradwatch._source import Marks, Use, derived_attributes, wrapping
+from gradwatch._source import Marks, Use, assignments, derived_attributes, wrapping
 from gradwatch._stats import Sensor
 from gradwatch._trace import BackwardListener, Trace
 from gradwatch.report import Cause, Diagnosis, Severity, Site, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-
-    from torch import Tensor
 
 _NO_OTHER_USE = "no other use"
 """Stands for a note whose words depend on how many parameters are grouped."""
@@ -459,6 +457,9 @@ class Inspection(BackwardListener):
 
     def _replaced(self, name: str, flow: Flow) -> Finding | None:
         """Look for a leaf that the loss was computed with in this parameter's place."""
+        found = self._taken_out(name)
+        if found is not None:
+            return found
         label = label_of(self.parameters[name])
         for number, value in enumerate(self.trace.values):
             if value.label != label or number not in flow.reaching:
@@ -467,6 +468,28 @@ class Inspection(BackwardListener):
             if users and self._stands_in(number, users, self.parameters[name]):
                 return self._at(Cause.REPLACED, users[0])
         return None
+
+    def _taken_out(self, name: str) -> Finding | None:
+        """Look for another tensor that the model now holds under the parameter's name."""
+        held: Any = self._modules.get("")
+        for part in name.split("."):
+            held = None if held is None else _attributes(held).get(part)
+        if not isinstance(held, Tensor) or held is self.parameters[name]:
+            return None
+        place = self.trace.registrations.get(id(held))
+        if place is not None:
+            return Finding(Cause.REPLACED, _frames.site_of(place), "torch.nn.Parameter")
+        classes = {type(module) for module in self._modules.values()}
+        found = {
+            statement
+            for cls in classes
+            if not cls.__module__.startswith("torch.")
+            for statement in assignments(cls, name.rpartition(".")[2])
+        }
+        if len(found) != 1:
+            return Finding(Cause.REPLACED)
+        (statement,) = found
+        return Finding(Cause.REPLACED, Site(statement.file, statement.line, source=statement.text))
 
     def _stands_in(self, number: int, users: list[Op], parameter: Tensor) -> bool:
         """Tell whether a leaf of the same shape is a stand-in, and not just another model's."""
@@ -523,6 +546,15 @@ class Inspection(BackwardListener):
         if op is None:
             return Finding(cause)
         return Finding(cause, _frames.site_of(op.place, op.module), op.name)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Return what a module holds, without running a property of the user's."""
+    return {
+        **vars(module),
+        **dict(module.named_children()),
+        **dict(module.named_parameters(recurse=False, remove_duplicate=False)),
+    }
 
 
 def _cause_in(functions: frozenset[str]) -> Cause:

@@ -192,6 +192,8 @@ class Record:
     """Paths of modules that ran on another thread, which the mode does not see."""
     scripted: dict[int, Place | None] = field(default_factory=dict)
     """Values of unknown making, first read where the user's code calls a function of TorchScript."""
+    registrations: dict[int, Place | None] = field(default_factory=dict)
+    """Where a parameter became one of a module, by its ``id``."""
     hooks: dict[int, Place | None] = field(default_factory=dict)
     """Where a hook was registered on a value, by number."""
     grad_reads: list[tuple[Place | None, int]] = field(default_factory=list)
@@ -259,16 +261,23 @@ def read_by(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
 
 _FEW_DIGITS = 8
 """Characters of a number that a person may have typed: 0.5, 0.999, 1e-3."""
+_SHARED = range(-5, 257)
+"""Integers of which Python has one object each."""
 
 
-def fractions_in(item: Any, limit: int = 1000) -> Iterator[float]:
-    """Yield the numbers with many digits after the point: others are often equal by chance."""
-    if isinstance(item, float):
-        if item % 1.0 and len(repr(item)) > _FEW_DIGITS:
-            yield item
-    elif isinstance(item, (list, tuple)):
+def plain_numbers_in(item: Any, limit: int = 1000) -> Iterator[float]:
+    """Yield the Python numbers in arguments or results whose identity tells where they come from."""
+    kind = type(item)
+    if kind is float or (kind is int and item not in _SHARED):
+        yield item
+    elif kind is list or kind is tuple:
         for inner in item[:limit]:
-            yield from fractions_in(inner, limit)
+            yield from plain_numbers_in(inner, limit)
+
+
+def is_telling(number: float) -> bool:
+    """Tell whether another number is hardly equal to this one by chance: it has many digits after the point."""
+    return bool(number % 1.0) and len(repr(number)) > _FEW_DIGITS
 
 
 # Private: no public counter tells of a write.

@@ -817,6 +817,26 @@ def freezings(cls: type) -> list[Statement]:
     return _statements(file, own or [n for n in ast.walk(module) if _freezes(n)])
 
 
+def assignments(cls: type, name: str) -> list[Statement]:
+    """Return where the methods of a class, but for ``__init__``, assign an attribute of this name."""
+    file = file_of(cls)
+    module = None if file is None else tree(file)
+    if file is None or module is None:
+        return []
+    return _statements(
+        file,
+        [
+            node
+            for definition in _classes(module, cls.__qualname__)
+            for method in definition.body
+            if getattr(method, "name", "") != "__init__"
+            for node in ast.walk(method)
+            if isinstance(node, ast.Assign)
+            and any(isinstance(t, ast.Attribute) and t.attr == name for t in node.targets)
+        ],
+    )
+
+
 def calls_of(cls: type, name: str) -> list[Statement]:
     """Return where the methods of a class call a function of this name, also as ``module.name``."""
     file = file_of(cls)

@@ -62,10 +62,11 @@ from gradwatch._record import (
     Record,
     Value,
     Write,
-    fractions_in,
+    is_telling,
     label_of,
     memory_of,
     node_of,
+    plain_numbers_in,
     read_by,
     shape_of,
     tensors_in,
@@ -167,9 +168,11 @@ class Trace(Record):
         self._storages: dict[int, _Entry | dict[int, _Entry]] = {}
         """Per address the tensor over that memory; several by their ``id``, the one numbered last at the end."""
         self._floats: dict[float, int] = {}
+        """The values of which equal numbers left torch, for numbers that are hardly equal by chance."""
+        self._left: dict[int, tuple[float, int]] = {}
+        """Numbers that left torch, by their ``id``, with their values: where one comes back, it is the same."""
         self._exited = False
         self._gradients: dict[int, str] = {}
-        self._wraps: dict[int, Place | None] = {}
         self._running: list[tuple[str | None, _Closed | None, nn.Module]] = []
         self._grad_off_depth: int | None = None
         self._was_recording = True
@@ -328,7 +331,9 @@ class Trace(Record):
             entry = self._known.get(id(parameter))
             is_new = entry is None or entry() is not parameter
             if self.recording and isinstance(parameter, Tensor) and is_new:
-                self._wraps[id(parameter)] = _frames.here(sys._getframe(1))
+                self.registrations[id(parameter)] = _frames.here(sys._getframe(1))
+                if not parameter.requires_grad:
+                    self._read(parameter)  # what it was put over may die before it is used
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
 
@@ -477,7 +482,7 @@ class Trace(Record):
             return number
         alias = self._alias(tensor)
         if alias is not None:
-            place = self._wraps.get(id(tensor))
+            place = self.registrations.get(id(tensor))
             op = self._append(nn.Parameter, Kind.REWRAP, (alias,), place)
             number = self._produce(tensor, op)
             self.values[number].label = label_of(tensor) if tensor.requires_grad else None
@@ -653,7 +658,7 @@ class Trace(Record):
         if kind is Kind.HOOK:
             self.hooks[call.numbers[0]] = _frames.here(sys._getframe(3))
         if self._exited:
-            call.numbers += [self._floats[x] for x in fractions_in(args) if x in self._floats]
+            call.numbers += self._came_back((*args, *kwargs.values()))
             call.plain = self._plain_arguments(args, kwargs)
         if call.traits.writes and call.read:
             sharing = [entry() for entry in self._sharing(call.read[0])]
@@ -742,8 +747,21 @@ class Trace(Record):
         op.stack = _frames.stack(frame)
         op.outputs = (len(self.values),)
         self.values.append(Value(op.index))
-        for number in fractions_in(result):
-            self._floats[number] = op.outputs[0]
+        for number in plain_numbers_in([result]):
+            self._left[id(number)] = number, op.outputs[0]
+            if is_telling(number):
+                self._floats[number] = op.outputs[0]
+
+    def _came_back(self, args: tuple[Any, ...]) -> list[int]:
+        """Return the values of the numbers among arguments that had left torch."""
+        found = []
+        for number in plain_numbers_in(args):
+            left = self._left.get(id(number))
+            if left is not None and left[0] is number:
+                found.append(left[1])
+            elif number in self._floats:
+                found.append(self._floats[number])
+        return found
 
     def _moved(self, tensor: Tensor) -> bool:
         entry = self._known.get(id(tensor))
