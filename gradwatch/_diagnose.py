@@ -197,11 +197,9 @@ class Inspection(BackwardListener):
         if not self.trace.backwards and self.trace.broken is None:
             notes = (_words.NO_BACKWARD,)
             return dict.fromkeys(missing, Finding(Cause.UNDETERMINED, notes=notes))
-        passes = [backward for backward in self.trace.backwards if backward.accumulates]
-        roots = [root for backward in passes or self.trace.backwards for root in backward.roots]
-        flow = follow(self.trace, missing, roots)
+        flow = follow(self.trace, missing, self._starts())
         if self._link_exits(flow, missing):
-            flow = follow(self.trace, missing, roots)
+            flow = follow(self.trace, missing, self._starts())
         arrived = self.sensor.arrived
         reached = set[int]().union(*(passed.reached for passed in self.passes))
         return {
@@ -214,6 +212,11 @@ class Inspection(BackwardListener):
             for name in missing
         }
 
+    def _starts(self) -> list[int]:
+        """Return the values that the backward passes started from, those that fill ``.grad`` where there are any."""
+        passes = [backward for backward in self.trace.backwards if backward.accumulates]
+        return [root for backward in passes or self.trace.backwards for root in backward.roots]
+
     def _link_exits(self, flow: Flow, missing: list[str]) -> bool:
         """Join operations to the values that came to them through Python, as the text shows."""
         lost = [name for name in missing if name not in flow.cuts and name not in flow.connected]
@@ -224,7 +227,7 @@ class Inspection(BackwardListener):
                 exits.setdefault((op.stack, flow.carried[op.index]), op)
         linked = self._link_roots(exits.values())
         for leaving in exits.values():
-            marks = Marks(leaving.stack)
+            marks = _marks(leaving)
             for op in self.trace.ops[leaving.index + 1 :]:
                 if op.place is None or op.kind is Kind.EXIT or leaving.outputs[0] in op.inputs:
                     continue
@@ -235,19 +238,24 @@ class Inspection(BackwardListener):
         return linked
 
     def _link_roots(self, exits: Iterable[Op]) -> bool:
-        """Join a loss that is nothing but a number to the exits that it came from."""
+        """Join a loss to the exits that it came from, where it is nothing but a number, or was chosen by."""
         linked = False
         for backward in self.trace.backwards:
-            for root in backward.roots:
-                made = [
-                    e
-                    for e in exits
-                    if backward.place and Marks(e.stack).hold(Use(backward.place[:2]))
-                ]
-                if self.trace.values[root].producer is None and made:
-                    inputs = tuple(number for op in made for number in op.outputs)
-                    self.trace.append_copy(inputs, root, backward.place)
-                    linked = True
+            if backward.place is None:
+                continue
+            step = backward.place[:2]
+            of_numbers = [r for r in backward.roots if self.trace.values[r].producer is None]
+            made = [e for e in exits if of_numbers and _marks(e).hold(Use(step))]
+            for root in of_numbers if made else ():
+                inputs = tuple(e.outputs[0] for e in made)
+                self.trace.append_copy(inputs, root, backward.place)
+            chose = tuple(e.outputs[0] for e in exits if e not in made and _marks(e).chose(step))
+            if chose:
+                backward.roots = tuple(
+                    self.trace.append_choice((root, *chose), backward.place)
+                    for root in backward.roots
+                )
+            linked = linked or bool(made or chose)
         return linked
 
     def _frozen_when_read(self, name: str) -> Finding | None:
@@ -546,6 +554,10 @@ class Inspection(BackwardListener):
         if op is None:
             return Finding(cause)
         return Finding(cause, _frames.site_of(op.place, op.module), op.name)
+
+
+def _marks(leaving: Op) -> Marks:
+    return Marks(leaving.stack, leaving.name.rpartition(".")[2])
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -227,12 +227,21 @@ class Record:
             values.append(Value(op.index, tracked))
             ops.append(op)
 
-    def append_copy(self, inputs: tuple[int, ...], number: int, place: Place | None) -> None:
-        """Note afterwards that a value was made from Python numbers."""
+    def append_choice(self, inputs: tuple[int, ...], place: Place | None) -> int:
+        """Note afterwards that the first of some values was chosen by the others; return what was chosen."""
+        op = Op(len(self.ops), torch.where, Kind.PLAIN, inputs, place)
+        op.outputs = (len(self.values),)
+        self.ops.append(op)
+        self.values.append(Value(op.index, tracked=True))
+        return op.outputs[0]
+
+    def append_copy(self, inputs: tuple[int, ...], number: int, place: Place | None) -> int:
+        """Note afterwards that a value was made from Python numbers; return its number."""
         op = Op(len(self.ops), torch.tensor, Kind.COPY_VALUES, inputs, place)
         op.outputs = (number,)
         self.ops.append(op)
         self.values[number].producer = op.index
+        return number
 
 
 def tensors_in(items: Iterable[Any]) -> Iterator[Tensor]:

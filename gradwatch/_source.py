@@ -152,9 +152,11 @@ class Marks:
 
     Args:
         stack: Where it left: the user's frames, the innermost first.
+        through: The method that torch was left through: `min(a, b)` asks for a truth and hands on a tensor,
+            `losses[k]` asks for an index.
     """
 
-    def __init__(self, stack: Sequence[Step]) -> None:
+    def __init__(self, stack: Sequence[Step], through: str = "") -> None:
         self.shared = _MarkSets()
         self._functions: dict[ast.AST, _Marked] = {}
         self._answers: dict[Use, bool] = {}
@@ -169,8 +171,9 @@ class Marks:
             marked = self._marked(step[0].co_filename, node)
             marked.know(step[0].co_freevars)
             # The text of a comprehension belongs to the function around it.
-            marked.seed(expression(inner or step, node), returned)
-            inner, returned = None, marked.returned
+            expr = expression(inner or step, node)
+            marked.seed(expr, _Returned(chosen=True) if _only_chooses(expr, through) else returned)
+            inner, returned, through = None, marked.returned, ""
             if not (returned.data or returned.chosen):
                 break
 
@@ -179,6 +182,16 @@ class Marks:
         if use not in self._answers:
             self._answers[use] = self._holds(use)
         return self._answers[use]
+
+    def chose(self, step: Step) -> bool:
+        """Tell whether the value decided what an expression is, without being part of it."""
+        marked = self._around(step)
+        found = None if marked is None else expression(step, marked.node)
+        return (
+            marked is not None
+            and found is not None
+            and (marked.governs(found) or marked.chooses(found))
+        )
 
     def _holds(self, use: Use) -> bool:
         marked = self._around(use.step)
@@ -228,6 +241,19 @@ class Marks:
         return self._functions[node]
 
 
+def _only_chooses(node: ast.AST | None, through: str) -> bool:
+    """Tell whether an expression in which a value was asked for hands on something else, by the answer."""
+    if isinstance(node, ast.Subscript):
+        return through == "__index__"
+    if isinstance(node, ast.Call) and _called(node) in _CHOOSERS:
+        return through == "__bool__" or any(keyword.arg == "key" for keyword in node.keywords)
+    return False
+
+
+_CHOOSERS = frozenset(["min", "max", "sorted", "nlargest", "nsmallest"])
+"""Functions that hand on some of what they are given, by the order of something else."""
+
+
 def _operands(node: ast.AST, use: Use) -> list[ast.AST]:
     """Return the operands of an expression that stand for the plain arguments of its call."""
     plain = use.plain or frozenset()
@@ -247,13 +273,17 @@ def _operands(node: ast.AST, use: Use) -> list[ast.AST]:
     return [node] if plain else []
 
 
+Part = int | str
+"""The position of an element of a tuple, the key of one of a mapping, the name of a field."""
+
+
 @dataclass(slots=True)
 class _Returned:
     """What a function hands to its caller of the value."""
 
     data: bool = False
-    positions: frozenset[int] | None = None
-    """Of a returned tuple, the elements that hold data; None for all of them."""
+    parts: frozenset[Part] | None = None
+    """Of a returned tuple or mapping, the elements that hold data; None for all of them."""
     chosen: bool = False
 
 
@@ -310,7 +340,28 @@ class _Marked:
         seed = self._seeds.get(node)
         if seed is not None and seed.data:
             return True
+        if isinstance(node, ast.Call) and _called(node) in _ASK_FOR_THE_TYPE:
+            return False
+        read = _part_read(node)
+        parts = None if read is None else self._parts(read[0])
+        if read is not None and parts is not None and not _is_by_position(node, parts):
+            return read[1] in parts
         return self._finds(node, self._own.data | self._shared.data, self.depends)
+
+    def _parts(self, node: ast.AST) -> frozenset[Part] | None:
+        """Return which parts of a container hold data of the value; None where its text does not tell."""
+        seed = self._seeds.get(node)
+        if seed is not None and seed.data:
+            return seed.parts
+        named = _named_parts(node)
+        if named is not None:
+            return frozenset(part for part, value in named if self.depends(value))
+        key = self._key(node) if isinstance(node, (ast.Name, ast.Attribute)) else None
+        marks = self._own.data | self._shared.data
+        if key is None or key in marks or _any_class(key) in marks:
+            return None
+        parts = {mark[3] for mark in marks if mark[:3] == ("item", *key[:2])}
+        return frozenset(part for part in parts if isinstance(part, (int, str))) or None
 
     def chooses(self, node: ast.AST) -> bool:
         """Tell whether an expression is what it is because of the value."""
@@ -446,13 +497,12 @@ class _Marked:
             return
         if self.governs(value) or self.chooses(value):
             self.returned.chosen = True
-        if isinstance(value, ast.Tuple):
-            marked = frozenset(i for i, part in enumerate(value.elts) if self.depends(part))
-            if marked and not (self.returned.data and self.returned.positions is None):
-                self.returned.data = True
-                self.returned.positions = marked | (self.returned.positions or frozenset())
-        elif self.depends(value):
-            self.returned.data, self.returned.positions = True, None
+        if self.depends(value):
+            parts, known = self._parts(value), self.returned
+            if parts is None or (known.data and known.parts is None):
+                known.data, known.parts = True, None
+            else:
+                known.data, known.parts = True, parts | (known.parts or frozenset())
 
     def _assign(self, targets: Iterable[ast.AST], value: ast.AST) -> None:
         data, chosen = self.depends(value), self.chooses(value)
@@ -460,16 +510,21 @@ class _Marked:
             # `array = tensor.numpy()`: what is written into the array later is in the tensor.
             written = [t for t in targets if _writes_into(self.node, t)]
             self._mark(owner, data=False, chosen=any(map(self.depends, written)))
-        seed = self._seeds.get(value)
+        parts = self._parts(value) if data else None
         for target in targets:
-            parts = target.elts if isinstance(target, (ast.Tuple, ast.List)) else None
+            taken = target.elts if isinstance(target, (ast.Tuple, ast.List)) else None
             texts = value.elts if isinstance(value, (ast.Tuple, ast.List)) else None
-            if parts is not None and texts is not None and len(parts) == len(texts):
-                for one, other in zip(parts, texts, strict=True):
+            key = None if parts is None else self._key(target)
+            if taken is not None and texts is not None and len(taken) == len(texts):
+                for one, other in zip(taken, texts, strict=True):
                     self._assign([one], other)
-            elif parts is not None and seed is not None and seed.positions is not None:
-                for position, one in enumerate(parts):
-                    self._mark(one, data=position in seed.positions, chosen=chosen)
+            elif taken is not None and parts is not None:
+                for position, one in enumerate(taken):
+                    self._mark(one, data=position in parts, chosen=chosen)
+            elif parts is not None and key is not None and key[0] != "item":
+                sets = self._own if key[0] == "name" else self._shared
+                sets.data |= {("item", *key[:2], part) for part in parts}
+                self._mark(target, data=False, chosen=chosen or self.governs(target))
             else:
                 self._mark(target, data=data, chosen=chosen or self.governs(target))
 
@@ -665,6 +720,49 @@ def _classes_of_methods(module: ast.Module | None) -> dict[ast.AST, str]:
         if isinstance(cls, ast.ClassDef)
         for method in cls.body
     }
+
+
+_ASK_FOR_THE_TYPE = frozenset(["isinstance", "issubclass", "hasattr", "callable", "type", "id"])
+"""Functions whose answer does not depend on what a number is."""
+
+
+def _named_parts(node: ast.AST) -> list[tuple[Part, ast.expr]] | None:
+    """Return the parts of a container that is written out: a tuple, a mapping, an object made by keywords."""
+    if isinstance(node, (ast.Tuple, ast.List)):
+        starred = any(isinstance(part, ast.Starred) for part in node.elts)
+        return None if starred else list(enumerate(node.elts))
+    if isinstance(node, ast.Dict):
+        pairs = [
+            (key.value, value)
+            for key, value in zip(node.keys, node.values, strict=True)
+            if isinstance(key, ast.Constant) and isinstance(key.value, (int, str))
+        ]
+        return pairs if len(pairs) == len(node.keys) else None
+    if isinstance(node, ast.Call) and not node.args and node.keywords:
+        made = _called(node)
+        pairs = [(k.arg, k.value) for k in node.keywords if k.arg is not None]
+        is_object = made == "dict" or made[:1].isupper()
+        return pairs if is_object and len(pairs) == len(node.keywords) else None
+    return None
+
+
+def _part_read(node: ast.AST) -> tuple[ast.expr, Part] | None:
+    """Return the container and the part that an expression reads: `out["loss"]`, `out.loss`."""
+    if isinstance(node, ast.Attribute) and node.attr not in _OF_CONTAINERS:
+        return node.value, node.attr
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        part = node.slice.value
+        return (node.value, part) if isinstance(part, (int, str)) else None
+    return None
+
+
+def _is_by_position(node: ast.AST, parts: frozenset[Part]) -> bool:
+    """Tell whether an attribute is read of what is known by position alone: a named tuple's."""
+    return isinstance(node, ast.Attribute) and any(isinstance(part, int) for part in parts)
+
+
+_OF_CONTAINERS = frozenset([*dir(dict), *dir(tuple), *dir(list)])
+"""Attributes that every container has: their use is one of the whole."""
 
 
 def _selects(node: ast.AST) -> bool:
