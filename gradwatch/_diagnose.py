@@ -21,7 +21,16 @@ from gradwatch._calls import Kind, Wrapper
 from gradwatch._flow import Cut, Flow, follow
 from gradwatch._graph import Passed, walk, watched_backward
 from gradwatch._record import Backward, Op, label_of
-from gradwatch._source import Marks, Use, assignments, derived_attributes, wrapping
+from gradwatch._source import (
+    Marks,
+    Statement,
+    Use,
+    assignments,
+    clearings,
+    copies,
+    derived_attributes,
+    wrapping,
+)
 from gradwatch._stats import Sensor
 from gradwatch._trace import BackwardListener, Trace
 from gradwatch.report import Cause, Diagnosis, Severity, Site, Status
@@ -280,6 +289,11 @@ class Inspection(BackwardListener):
             for node in passed.withholders(leaf):
                 cause = Cause.CUSTOM_FUNCTION if node.custom else Cause.NON_DIFFERENTIABLE
                 return self._at(cause, self._op(node.tag))
+        if any(passed.delivered(leaf) for passed in self.passes):
+            # Only a hook can have emptied it before the pass was over.
+            return Finding(
+                Cause.CLEARED, self._only(clearings), None, (_words.CLEARED_IN_BACKWARD,)
+            )
         if leaf in reached:
             return Finding(Cause.UNDETERMINED, notes=(_words.IN_THE_GRAPH, _words.TAKEN))
         return self._cut(name, flow) or self._broken(name, flow)
@@ -414,8 +428,9 @@ class Inspection(BackwardListener):
 
     def _why_unused(self, name: str, flow: Flow) -> tuple[str, ...]:
         path = name.rpartition(".")[0]
-        if flow.reads.get(name):
-            return (_words.ONLY_WITHOUT_GRADIENT,)
+        if reads := flow.reads.get(name):
+            numbers = all(op.kind is Kind.EXIT for op in reads)
+            return (_words.ONLY_AS_A_NUMBER if numbers else _words.ONLY_WITHOUT_GRADIENT,)
         holds_only = isinstance(self._modules.get(path), (nn.ParameterDict, nn.ParameterList))
         if path and path in self._modules and path not in self.trace.modules_run and not holds_only:
             return (_words.did_not_run(self._whole_module_that_did_not_run(path)),)
@@ -474,6 +489,10 @@ class Inspection(BackwardListener):
                 continue
             users = [op for op in self.trace.ops if number in op.inputs]
             if users and self._stands_in(number, users, self.parameters[name]):
+                is_copy = value.producer is None and self._equals(number, self.parameters[name])
+                copied = self._only(copies) if is_copy else None
+                if copied is not None:
+                    return Finding(Cause.REPLACED, copied, Wrapper.DEEPCOPY.public_name)
                 return self._at(Cause.REPLACED, users[0])
         return None
 
@@ -507,6 +526,10 @@ class Inspection(BackwardListener):
             return not self._comes_from_parameters(number)
         if users[0].module is not None:
             return True  # used by a module of this model
+        return self._equals(number, parameter)
+
+    def _equals(self, number: int, parameter: Tensor) -> bool:
+        """Tell whether a leaf of another's holds the same numbers as a parameter."""
         ref = self.trace.values[number].alien
         alien = None if ref is None else ref()
         return alien is not None and bool(torch.equal(alien, parameter))
@@ -544,6 +567,19 @@ class Inspection(BackwardListener):
                 site = _frames.site_of(op.around)
                 return Finding(cause, site, Wrapper.REENTRANT_CHECKPOINT.public_name)
         return Finding(cause)
+
+    def _only(self, look: Callable[[type], list[Statement]]) -> Site | None:
+        """Return the one statement that is found in the text of the model's own classes."""
+        found = {
+            statement
+            for cls in {type(module) for module in self._modules.values()}
+            if not cls.__module__.startswith("torch.")
+            for statement in look(cls)
+        }
+        if len(found) != 1:
+            return None
+        (statement,) = found
+        return Site(statement.file, statement.line, source=statement.text)
 
     # Small things ---------------------------------------------------------------------------------
 

@@ -92,6 +92,13 @@ class Passed:
             number in node.children for node in nodes
         )
 
+    def delivered(self, leaf: int) -> bool:
+        """Tell whether a gradient was handed to a leaf; only known where sizes were measured."""
+        return any(
+            self.nodes[self.nodes[number].children[position]].leaf == leaf and size != -1.0
+            for (number, position), size in {**self.sizes, **self._handed_on()}.items()
+        )
+
     def withholders(self, leaf: int) -> list[Node]:
         """Return the nodes that withheld the gradient on the way to a leaf."""
         above = self._above(leaf)

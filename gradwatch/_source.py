@@ -557,11 +557,12 @@ class _Marked:
             return False
         for node in called:
             given = _parameters_given(call, node, self.depends)
+            chosen = _parameters_given(call, node, self.chooses)
             governed = self.governs(call)
-            if not (given or governed or self._shared):
+            if not (given or chosen or governed or self._shared):
                 continue
             inner = self._enter(self._file, node)
-            if inner.receive(given, governed=governed):
+            if inner.receive(given, chosen, governed=governed):
                 self._seeds[call] = inner.returned
         return True
 
@@ -570,20 +571,30 @@ class _Marked:
         for called in _definitions(tree(self._file)).get(node.attr, ())[:_MANY]:
             if any(_last_name(d).endswith("property") for d in called.decorator_list):
                 inner = self._enter(self._file, called)
-                if inner.receive(frozenset(), governed=False):
+                if inner.receive():
                     self._seeds[node] = inner.returned
 
-    def receive(self, names: frozenset[str], *, governed: bool) -> bool:
+    def receive(
+        self,
+        names: frozenset[str] = frozenset(),
+        chosen: frozenset[str] = frozenset(),
+        *,
+        governed: bool = False,
+    ) -> bool:
         """Mark arguments of this function; return whether its caller gets anything of the value back.
 
         Args:
-            names: The arguments.
+            names: The arguments that hold data.
+            chosen: Those that were chosen.
             governed: Whether the call itself was chosen, and with it all that the function does.
         """
         keys = {("name", name) for name in names}
-        news = not keys <= self._own.data or self._seen_shared != len(self._shared)
+        chosen_keys = {("name", name) for name in chosen}
+        news = not (keys <= self._own.data and chosen_keys <= self._own.chosen)
+        news = news or self._seen_shared != len(self._shared)
         self._seen_shared = len(self._shared)
         self._own.data |= keys
+        self._own.chosen |= chosen_keys
         if governed and isinstance(self.node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             news = news or not self._governed.issuperset(self.node.body)
             self._governed.update(self.node.body)
@@ -933,6 +944,34 @@ def assignments(cls: type, name: str) -> list[Statement]:
             and any(isinstance(t, ast.Attribute) and t.attr == name for t in node.targets)
         ],
     )
+
+
+def clearings(cls: type) -> list[Statement]:
+    """Return where the file of a class empties gradients, its own methods first."""
+    file = file_of(cls)
+    module = None if file is None else tree(file)
+    if file is None or module is None:
+        return []
+    own = [n for c in _classes(module, cls.__qualname__) for n in ast.walk(c) if _clears(n)]
+    return _statements(file, own or [n for n in ast.walk(module) if _clears(n)])
+
+
+def _clears(node: ast.AST) -> bool:
+    if isinstance(node, (ast.Assign, ast.Delete)):
+        grads = [t for t in node.targets if isinstance(t, ast.Attribute) and t.attr == "grad"]
+        emptied = node.value if isinstance(node, ast.Assign) else ast.Constant(None)
+        return bool(grads) and isinstance(emptied, ast.Constant) and emptied.value is None
+    return isinstance(node, ast.Call) and _called(node) == "zero_grad"
+
+
+def copies(cls: type) -> list[Statement]:
+    """Return where the file of a class calls ``copy.deepcopy``."""
+    file = file_of(cls)
+    module = None if file is None else tree(file)
+    if file is None or module is None:
+        return []
+    calls = (node for node in ast.walk(module) if isinstance(node, ast.Call))
+    return _statements(file, [node for node in calls if _called(node) == "deepcopy"])
 
 
 def calls_of(cls: type, name: str) -> list[Statement]:

@@ -510,8 +510,8 @@ class Trace(Record):
         """Return the value over whose memory a leaf was put, where there is one."""
         for entry in reversed(self._sharing(tensor)):
             # The memory of a dead tensor may have been given to a new one: only a leaf that wants a
-            # gradient is taken for its heir.
-            if entry() is not None or tensor.requires_grad:
+            # gradient, or could, is taken for its heir.
+            if entry() is not None or tensor.requires_grad or isinstance(tensor, nn.Parameter):
                 return entry.value
         return None
 
@@ -654,6 +654,8 @@ class Trace(Record):
             call.read = []
         elif kind is Kind.SET_DATA:
             call.read = call.read[1:]
+        elif call.traits.first_alone:
+            call.read = call.read[:1]
         call.numbers = [self._read(tensor) for tensor in call.read]
         if kind is Kind.HOOK:
             self.hooks[call.numbers[0]] = _frames.here(sys._getframe(3))

@@ -131,6 +131,10 @@ HELPS_BY_OPERATION = {
 ONLY_WITHOUT_GRADIENT = (
     "read only where gradient mode is off, by operations that the loss does not need"
 )
+ONLY_AS_A_NUMBER = "read only as a number, which the loss does not need as far as the text shows"
+CLEARED_IN_BACKWARD = (
+    "its gradient arrived, and was emptied before the backward pass was over: by a hook"
+)
 IN_THE_GRAPH = "the autograd graph of the loss leads to it, and no gradient arrived"
 TAKEN = "a hook on it, or on its way, may have taken the gradient away"
 NOT_IN_THE_GRAPH = "the autograd graph of the loss does not lead to it"

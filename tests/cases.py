@@ -1037,6 +1037,175 @@ class SwappedIntoTheDictionary(Case):
         return loss
 
 
+class Settings:
+    """What a caller hands down, beside other things."""
+
+    def __init__(self, **given):
+        self.given = given
+
+
+class RoundNumberInAnObject(Case):
+    """A number as round as many others is known again by its identity, wherever it was put."""
+
+    expect = {"left_torch": ("power",)}
+
+    def __init__(self):
+        super().__init__()
+        self.power = nn.Parameter(torch.tensor(2.0))
+
+    def settings(self):
+        return Settings(power=float(self.power), name="focal")  # <- here
+
+    def loss(self, h, settings):
+        options = {key: value for key, value in settings.given.items() if key != "name"}
+        return focal(self.head(h), **options)
+
+    def forward(self, x):
+        return self.loss(self.enc(x), self.settings())
+
+
+def focal(h, power):
+    return (h.abs() ** power).mean()
+
+
+class RateOfALayer(Case):
+    """A library's own layer hands the number on by position."""
+
+    expect = {"left_torch": ("rate",)}
+
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(0.5))
+        self.drop = nn.LeakyReLU()
+
+    def forward(self, x):
+        self.drop.negative_slope = self.rate.item()  # <- here
+        return self.head(self.drop(self.enc(x))).mean()
+
+
+class ShapeOfAnother(Case):
+    expect = {"unused": ("template",)}
+
+    def __init__(self):
+        super().__init__()
+        self.template = nn.Parameter(torch.zeros(2, 2))
+
+    def forward(self, x):
+        return self.head(self.enc(x)).view_as(self.template).mean()
+
+
+class KeptFrozen(Case):
+    expect = {"detached": ENC}
+
+    def forward(self, x):
+        self.bank = nn.Parameter(self.enc(x), requires_grad=False)  # <- here
+        return (self.head(x) * self.bank).mean()
+
+
+class FrozenTable(Case):
+    expect = {"detached": ENC}
+
+    def forward(self, x):
+        rows = nn.Embedding.from_pretrained(self.enc(x))  # <- here
+        return self.head(rows(torch.arange(4))).mean()
+
+
+class GrownInForward(Case):
+    """What stands in a parameter's place is another one, of another shape."""
+
+    expect = {"replaced": ("table",)}
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(2, 3))
+
+    def forward(self, x):
+        if len(self.table) < len(x):
+            self.table = nn.Parameter(torch.zeros(len(x), 3))  # <- here
+        return self.head(self.enc(x) + self.table).mean()
+
+
+class WrittenOverByAHypernetwork(Case):
+    expect = {"replaced": ("target.weight",)}
+
+    def __init__(self):
+        super().__init__()
+        self.target = nn.Linear(3, 1)
+
+    def install(self, layer, weight):
+        del layer.weight
+        layer.weight = weight  # <- here
+
+    def forward(self, x):
+        self.install(self.target, self.enc(x)[:1])
+        return (self.target(x) + self.head(x)).mean()
+
+
+class SortedByANumber(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        rows = sorted(x, key=lambda row: float(self.enc(row).sum()))  # <- here
+        return self.head(rows[0] + rows[1]).mean()
+
+
+class Output:
+    """What a model returns: a loss, and what is logged."""
+
+    def __init__(self, loss, aux):
+        self.loss, self.aux = loss, aux
+
+
+class ReturnedInADictionary(Case):
+    """A metric beside the loss is no way to it, whatever it is returned in."""
+
+    expect = {"not_in_loss": ENC}
+
+    def losses(self, x):
+        aux = self.enc(x).pow(2).mean()  # <- here
+        return {"loss": self.head(x).mean(), "aux": aux.item()}
+
+    def forward(self, x):
+        out = self.losses(x)
+        return out["loss"] / 2
+
+
+class ReturnedInAFilledDictionary(Case):
+    expect = {"not_in_loss": ENC}
+
+    def losses(self, x):
+        out = {}
+        out["loss"] = self.head(x).mean()
+        out["aux"] = self.enc(x).pow(2).mean().item()  # <- here
+        return out
+
+    def forward(self, x):
+        out = self.losses(x)
+        return self.losses(x)["loss"] / 2 if isinstance(out, dict) else out
+
+
+class ReturnedInAnObject(Case):
+    expect = {"not_in_loss": ENC}
+
+    def losses(self, x):
+        aux = self.enc(x).pow(2).mean()  # <- here
+        return Output(loss=self.head(x).mean(), aux=aux.item())
+
+    def forward(self, x):
+        out = self.losses(x)
+        return out.loss / 2
+
+
+class PrintedInABranch(Case):
+    expect = {"not_in_loss": ENC}
+
+    def forward(self, x):
+        aux = self.enc(x).pow(2).mean()  # <- here
+        if aux.item() > 1e9:
+            self.warned = True
+        return self.head(x).mean()
+
+
 class AttentionWeightsAlone(Case):
     """Of two results of one call the one that a parameter leads to is dropped."""
 
@@ -1109,6 +1278,23 @@ class StackedInInit(Case):
 
 
 # More that is healthy ------------------------------------------------------------------------------
+
+
+class EmptiedByAHook(Case):
+    expect = {"cleared": ENC}
+
+    def __init__(self):
+        super().__init__()
+        for parameter in self.enc.parameters():
+            parameter.register_post_accumulate_grad_hook(self.fuse)
+
+    def fuse(self, parameter):
+        with torch.no_grad():
+            parameter.sub_(0.1 * parameter.grad)
+        del parameter.grad  # <- here
+
+    def forward(self, x):
+        return self.head(self.enc(x)).mean()
 
 
 class ZeroedBetweenTwoPasses(Case):

@@ -447,3 +447,54 @@ def test_code_typed_into_exec_has_a_line_and_no_snippet():
     (found,) = diagnosis.report.diagnoses
     assert (found.cause, found.site.file, found.site.line) == (Cause.DETACHED, "<string>", 1)
     assert found.site.source is None
+
+
+def chosen_by_an_index(model, x):
+    losses = [model.head(x).mean(), model.head(x).square().mean(), model.head(x).abs().mean()]
+    return losses[model.enc(x).mean(0).argmax()]
+
+
+def chosen_in_a_branch(model, x):
+    main, other = model.head(x).mean(), model.head(x).square().mean()
+    if model.enc(x).mean() > -100:
+        return main
+    return other
+
+
+def chosen_as_the_smaller(model, x):
+    return min(model.head(x).mean(), model.enc(x).mean() + 100)
+
+
+def stopped_at_a_guard(model, x):
+    aux = model.enc(x).mean()
+    if not torch.isfinite(aux):
+        raise ValueError(aux)
+    return model.head(x).mean()
+
+
+def handed_on_with_a_metric(model, x):
+    aux = model.enc(x).mean()
+    return model.head(x).mean(), aux.item()
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "cause"),
+    [
+        (chosen_by_an_index, Cause.NON_DIFFERENTIABLE),
+        (chosen_in_a_branch, Cause.LEFT_TORCH),
+        (chosen_as_the_smaller, Cause.LEFT_TORCH),
+        (stopped_at_a_guard, Cause.NOT_IN_LOSS),
+        (handed_on_with_a_metric, Cause.NOT_IN_LOSS),
+    ],
+    ids=lambda given: getattr(given, "__name__", str(given)),
+)
+def test_a_value_that_only_chose_the_loss_is_told_from_one_that_did_not(loss_of, cause):
+    """Where no operation follows the choice, the loss itself is what was chosen."""
+    torch.manual_seed(0)
+    model = cases.Case()
+    with diagnose(model) as diagnosis:
+        loss = loss_of(model, torch.randn(4, 3))
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        loss.backward()
+
+    assert [(d.cause, d.parameters) for d in diagnosis.report.diagnoses] == [(cause, cases.ENC)]
