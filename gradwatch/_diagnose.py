@@ -10,7 +10,7 @@ Limits: it speaks of the steps that were traced. Notes are facts about those.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from gradwatch import _frames, _words, explain
 from gradwatch._calls import Kind, Wrapper
 from gradwatch._flow import Cut, Flow, follow
-from gradwatch._graph import Passed, walk, watched_backward
-from gradwatch._record import Backward, Op, label_of
+from gradwatch._graph import Origin, Passed, walk, watched_backward
+from gradwatch._record import Backward, Op, hooks_of, label_of
 from gradwatch._source import (
     Marks,
     Statement,
@@ -553,12 +553,16 @@ class Inspection(BackwardListener):
         zero = status is Status.ZERO
         cause = Cause.ZERO_GRADIENT if zero else Cause.NONFINITE_GRADIENT
         for passed in reversed(self.passes):
-            tag = passed.origin(id(self.parameters[name]), zero=zero)
-            if tag is not None:
-                return self._at(cause, self._op(tag))
+            origin = passed.origin(id(self.parameters[name]), zero=zero)
+            if origin is not None:
+                return self._of_origin(cause, origin)
         written = self.trace.gradient_writes.get(name)
         if written is not None:
             return self._at(cause, written)
+        hooks = hooks_of(self.parameters[name])
+        if hooks and any(passed.delivered(id(self.parameters[name])) for passed in self.passes):
+            site = _frames.site_of_function(hooks[-1])
+            return Finding(cause, site, "torch.Tensor.register_hook")
         for op in self.trace.ops:
             # What a reentrant checkpoint computes in backward has a graph that is never seen.
             if op.around is not None and any(
@@ -567,6 +571,15 @@ class Inspection(BackwardListener):
                 site = _frames.site_of(op.around)
                 return Finding(cause, site, Wrapper.REENTRANT_CHECKPOINT.public_name)
         return Finding(cause)
+
+    def _of_origin(self, cause: Cause, origin: Origin) -> Finding:
+        op = self._op(origin.tag)
+        places = [self.trace.hooks.get(number) for number in (() if op is None else op.outputs)]
+        hooks = [place for place in places if place is not None]
+        if origin.hooked and hooks:
+            return Finding(cause, _frames.site_of(hooks[-1]), "torch.Tensor.register_hook")
+        found = self._at(cause, op)
+        return replace(found, notes=(_words.CANCELLING,)) if origin.cancelled else found
 
     def _only(self, look: Callable[[type], list[Statement]]) -> Site | None:
         """Return the one statement that is found in the text of the model's own classes."""
@@ -589,6 +602,9 @@ class Inspection(BackwardListener):
     def _at(self, cause: Cause, op: Op | None) -> Finding:
         if op is None:
             return Finding(cause)
+        if op.kind is Kind.LINK and op.place is None and (reader := self._first_reader(op)):
+            # It ran out of sight, in TorchScript or a transform: its result was used first there.
+            return Finding(cause, _frames.site_of(reader.place, reader.module))
         return Finding(cause, _frames.site_of(op.place, op.module), op.name)
 
 

@@ -17,7 +17,7 @@ import sysconfig
 from dataclasses import replace
 from enum import Enum, auto
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradwatch.report import Site
 
@@ -241,6 +241,15 @@ def _site(code: CodeType, instruction: int, module: str | None, caller: Site | N
     line, end_line, column, end_column = positions
     span = (line or code.co_firstlineno, column, end_line, end_column)
     return replace(site_in(code.co_filename, span, code.co_qualname, module), caller=caller)
+
+
+def site_of_function(function: Any) -> Site | None:
+    """Return the first line of a function, or of an object's ``__call__``; None where it is not Python's."""
+    method = function if hasattr(function, "__code__") else type(function).__call__
+    code = getattr(method, "__code__", None)
+    if code is None or owner(code) is not Owner.USER:
+        return None
+    return site_in(code.co_filename, (code.co_firstlineno, None, None, None), code.co_qualname)
 
 
 def site_in(

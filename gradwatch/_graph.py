@@ -14,7 +14,7 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,17 @@ class Node:
         return self.name in _HAND_ON
 
 
+class Origin(NamedTuple):
+    """Where a gradient first became zero, or not finite."""
+
+    tag: int
+    """Number of the forward operation."""
+    cancelled: bool = False
+    """Whether several gradients add up to zero, of which the operation's was computed last."""
+    hooked: bool = False
+    """Whether a hook on the operation's result changed the gradient that came to it."""
+
+
 @dataclass(slots=True)
 class Passed:
     """What one backward pass did: the graph it ran over, and what its nodes handed on."""
@@ -66,7 +77,7 @@ class Passed:
     emptied: set[tuple[int, int]] = field(default_factory=set)
     """Where nodes handed on more zeros than came; known where a node only hands out pieces."""
     totals: dict[int, float] = field(default_factory=dict)
-    """The same of what came to a node in all, where it handed on zeros; on the CPU alone."""
+    """The same of what came to a node in all, where what it handed on went wrong; on the CPU alone."""
 
     dropped: list[tuple[int, int]] = field(default_factory=list)
     """Where nodes that were not hooked themselves handed on nothing."""
@@ -149,8 +160,8 @@ class Passed:
             found[number, 0] = odd if odd is not None else max(sizes, default=1.0)
         return found
 
-    def origin(self, leaf: int, *, zero: bool) -> int | None:
-        """Return the tag of the node at which a leaf's gradient first became zero, or not finite.
+    def origin(self, leaf: int, *, zero: bool) -> Origin | None:
+        """Return where a leaf's gradient first became zero, or not finite.
 
         Args:
             leaf: ``id`` of the leaf.
@@ -174,19 +185,21 @@ class Passed:
                 if zero and size > 0.0 and math.isfinite(size)
             ]
             if len(cancelling) > 1:
-                return max(cancelling)
+                return Origin(max(cancelling), cancelled=True)
+            if bad(self.totals.get(number, 1.0)) and not any(bad(s) for _, s in edges[number]):
+                return Origin(self.nodes[number].tag, hooked=True)
             for parent, size in edges.get(number, ()):
                 if not bad(size) or parent in seen:
                     continue
                 seen.add(parent)
                 arrived = incoming.get(parent, [])
                 worst = all(map(bad, arrived)) if zero else any(map(bad, arrived))
-                worst = worst or (zero and self.totals.get(parent) == 0.0)
+                worst = worst or bad(self.totals.get(parent, 1.0))
                 if arrived and worst:
                     todo.append(parent)
                 elif self.nodes[parent].tag >= 0:
                     source = self._emptier(parent) if zero else None
-                    return self.nodes[parent if source is None else source].tag
+                    return Origin(self.nodes[parent if source is None else source].tag)
         return None
 
     def _emptier(self, number: int) -> int | None:
@@ -442,7 +455,7 @@ def _measure(
     gradient: Tensor,
     measured: list[tuple[tuple[int, int], Tensor]],
 ) -> bool:
-    """Note the size of what was handed on, in ``measured`` where it is not on the CPU; tell if it is known as 0."""
+    """Note the size of what was handed on, in ``measured`` where it is not on the CPU; tell if it is known as bad."""
     if (
         gradient.is_cpu
         and gradient.numel() <= _SMALL
@@ -462,7 +475,7 @@ def _measure(
         measured.append((edge, size))
         return False
     passed.sizes[edge] = size
-    return size == 0.0
+    return size == 0.0 or not math.isfinite(size)
 
 
 def _note_zeros(
@@ -494,8 +507,9 @@ def _share_of_zeros(gradient: Tensor, mixed: int | None = None) -> float:
 
 
 def _largest(gradients: Sequence[Tensor | None]) -> float:
-    """Return the largest absolute value of several gradients on the CPU."""
-    return max((float(_size(g)) for g in gradients if g is not None), default=-1.0)
+    """Return the largest absolute value of several gradients on the CPU, NaN where one is not finite."""
+    sizes = [float(_size(g)) for g in gradients if g is not None]
+    return max(sizes, default=-1.0) if all(map(math.isfinite, sizes)) else math.nan
 
 
 def _size(gradient: Tensor) -> float | Tensor:

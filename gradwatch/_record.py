@@ -300,6 +300,12 @@ def version_of(tensor: Tensor) -> int:
         return 0
 
 
+def hooks_of(tensor: Tensor) -> list[Any]:
+    """Return the functions that were registered to see, and may change, a tensor's gradient."""
+    # Private: nothing public tells them. Without the attribute a hook is not named.
+    return list((getattr(tensor, "_backward_hooks", None) or {}).values())
+
+
 def node_of(tensor: Tensor) -> Any:
     """Return the ``grad_fn`` of a tensor; None too where torch refuses, for a view it has given up."""
     try:

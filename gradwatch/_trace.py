@@ -318,8 +318,9 @@ class Trace(Record):
                 kind = Kind.OPAQUE if scripted else Kind.PLAIN
                 func = torch.jit.ScriptModule if scripted else type(module).forward
                 call = _Call(func, Traits(kind), (), read)
-                call.numbers = [self._read(tensor) for tensor in read]
-                self._finish(call, output, sys._getframe(1))
+                with self.paused():  # what is done here to tensors is no operation of the user's
+                    call.numbers = [self._read(tensor) for tensor in read]
+                    self._finish(call, output, sys._getframe(1))
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
         if closed.without_mode:
@@ -332,8 +333,9 @@ class Trace(Record):
             is_new = entry is None or entry() is not parameter
             if self.recording and isinstance(parameter, Tensor) and is_new:
                 self.registrations[id(parameter)] = _frames.here(sys._getframe(1))
-                if not parameter.requires_grad:
-                    self._read(parameter)  # what it was put over may die before it is used
+                with self.paused():
+                    if not parameter.requires_grad:
+                        self._read(parameter)  # what it was put over may die before it is used
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
 

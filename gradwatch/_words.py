@@ -131,6 +131,7 @@ HELPS_BY_OPERATION = {
 ONLY_WITHOUT_GRADIENT = (
     "read only where gradient mode is off, by operations that the loss does not need"
 )
+CANCELLING = "it is used in several places, and the gradients from there add up to zero"
 ONLY_AS_A_NUMBER = "read only as a number, which the loss does not need as far as the text shows"
 CLEARED_IN_BACKWARD = (
     "its gradient arrived, and was emptied before the backward pass was over: by a hook"

@@ -68,6 +68,50 @@ class Origin(nn.Module):
         raise NotImplementedError
 
 
+class MaskedByAHook(Origin):
+    """Between two nodes that are well, a hook makes zeros of the gradient."""
+
+    def part(self, h):
+        h = h * 2
+        h.register_hook(lambda gradient: gradient * 0)  # <- here
+        return h.mean()
+
+
+class MaskedByAHookOnAParameter(Origin):
+    def __init__(self):
+        super().__init__()
+        for parameter in self.enc.parameters():
+            parameter.register_hook(lambda gradient: gradient * 0)  # <- here
+
+    def part(self, h):
+        return h.mean()
+
+
+class BlownUpByAHook(Origin):
+    status = Status.NONFINITE
+
+    def part(self, h):
+        h = h * 2
+        h.register_hook(lambda gradient: gradient / 0)  # <- here
+        return h.mean()
+
+
+class NormInAScript(Origin):
+    status = Status.NONFINITE
+
+    def __init__(self):
+        super().__init__()
+        self.size = torch.jit.script(Size())
+
+    def part(self, h):
+        return self.size(h * 0).sum()  # <- here
+
+
+class Size(nn.Module):
+    def forward(self, x):
+        return x.square().sum(1).sqrt()
+
+
 class DeadRelu(Origin):
     def part(self, h):
         return torch.relu(h - 100).mean()  # <- here

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradwatch._graph import _observe, _size, walk, watched_backward
+from gradwatch._graph import Origin, _observe, _size, walk, watched_backward
 from tests.cases import ReturnsNone
 
 KEY = "test"
@@ -65,7 +65,7 @@ def test_the_origin_of_a_zero_is_where_a_gradient_first_was_one():
     a = nn.Parameter(torch.ones(2))
     loss = tag(tag(tag(a * 1, 1) * 0, 2).exp(), 3).sum()
 
-    assert watched(loss).origin(id(a), zero=True) == 2
+    assert watched(loss).origin(id(a), zero=True) == Origin(2)
 
 
 def test_the_origin_of_a_nan_is_where_a_finite_gradient_became_one():
@@ -73,7 +73,7 @@ def test_the_origin_of_a_nan_is_where_a_finite_gradient_became_one():
     a = nn.Parameter(torch.zeros(2))
     loss = tag(tag(tag(a * 1, 1).sqrt(), 2) * 0, 3).sum()
 
-    assert watched(loss).origin(id(a), zero=False) == 2
+    assert watched(loss).origin(id(a), zero=False) == Origin(2)
 
 
 def test_a_good_gradient_has_no_origin():
@@ -89,7 +89,7 @@ def test_an_empty_selection_is_the_origin_of_its_zeros():
     a = nn.Parameter(torch.ones(3))
     loss = tag(tag(a * 1, 1)[torch.zeros(3, dtype=torch.bool)], 2).sum()
 
-    assert watched(loss).origin(id(a), zero=True) == 2
+    assert watched(loss).origin(id(a), zero=True) == Origin(2)
 
 
 def test_a_sparse_gradient_without_entries_is_zero():
@@ -97,7 +97,7 @@ def test_a_sparse_gradient_without_entries_is_zero():
     table = nn.Embedding(4, 2, sparse=True, padding_idx=0)
     passed = watched(tag(table(torch.tensor([0, 0])), 1).sum())
 
-    assert passed.origin(id(table.weight), zero=True) == 1
+    assert passed.origin(id(table.weight), zero=True) == Origin(1)
 
 
 def test_gradients_that_cancel_have_their_origin_where_the_last_was_computed():
@@ -107,8 +107,8 @@ def test_gradients_that_cancel_have_their_origin_where_the_last_was_computed():
     h = tag(a * 2, 1)
     on_the_way = watched(tag(tag(5 - h, 2) + h, 3).sum())
 
-    assert at_the_end.origin(id(a), zero=True) == 2
-    assert on_the_way.origin(id(a), zero=True) == 3
+    assert at_the_end.origin(id(a), zero=True) == Origin(2, cancelled=True)
+    assert on_the_way.origin(id(a), zero=True) == Origin(3, cancelled=True)
 
 
 def test_a_piece_of_zeros_is_led_back_to_what_left_it_out():
@@ -122,9 +122,13 @@ def test_a_piece_of_zeros_is_led_back_to_what_left_it_out():
     chosen = watched(tag(halves[0], 3).sum())
     kept = watched(tag(torch.cat([a * 1, b * 1]), 1).sum())
 
-    assert [sliced.origin(id(leaf), zero=True) for leaf in (a, b)] == [None, 3]
-    assert [rectified.origin(id(leaf), zero=True) for leaf in (a, b, c)] == [None, 2, 2]
-    assert chosen.origin(id(b), zero=True) == 3
+    assert [sliced.origin(id(leaf), zero=True) for leaf in (a, b)] == [None, Origin(3)]
+    assert [rectified.origin(id(leaf), zero=True) for leaf in (a, b, c)] == [
+        None,
+        Origin(2),
+        Origin(2),
+    ]
+    assert chosen.origin(id(b), zero=True) == Origin(3)
     assert kept.emptied == set()
 
 
@@ -136,7 +140,7 @@ def test_a_product_that_makes_a_piece_zero_is_told_from_the_relu_above_it():
     mixed = tag(nn.functional.linear(joined, weight), 2)
     passed = watched(tag(tag(mixed.relu(), 3)[:2], 4).sum())
 
-    assert passed.origin(id(b), zero=True) == 2
+    assert passed.origin(id(b), zero=True) == Origin(2)
 
 
 def test_rows_that_a_loss_leaves_out_are_zeros_of_the_loss():
@@ -146,7 +150,7 @@ def test_rows_that_a_loss_leaves_out_are_zeros_of_the_loss():
     target = torch.tensor([0, 1, -100, -100])
     passed = watched(tag(nn.functional.cross_entropy(rows, target, ignore_index=-100), 2))
 
-    assert passed.origin(id(b), zero=True) == 2
+    assert passed.origin(id(b), zero=True) == Origin(2)
 
 
 def test_sparse_and_complex_gradients_are_measured():
@@ -213,7 +217,7 @@ def test_a_zero_that_views_hand_on_is_followed_through_them():
     kept = tag(b * 2, 3).t().reshape(6)
     passed = watched((h + kept).view(2, 3).sum())
 
-    assert [passed.origin(id(leaf), zero=True) for leaf in (a, b)] == [2, None]
+    assert [passed.origin(id(leaf), zero=True) for leaf in (a, b)] == [Origin(2), None]
 
 
 GRAPHS = {
