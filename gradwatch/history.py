@@ -18,7 +18,7 @@ import os
 import struct
 import time
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +145,7 @@ class Recorder:
         self._written_at = clock()
         self._is_written = True
         self._alerts: tuple[Alert, ...] = ()
-        self._findings: str | None = None
+        self._findings: tuple[tuple[Diagnosis, ...], tuple[Alert, ...]] = ((), ())
         self._known: dict[Any, Diagnosis] = {}
 
     def add(
@@ -172,12 +172,10 @@ class Recorder:
         self._alerts = (*report.alerts, *self._alerts)[:_ALERTS]
         self._known |= {(d.cause, d.site, d.parameters, d.step): d for d in report.diagnoses}
         made = tuple(self._known.values())[-_FINDINGS:]
-        said = Report(report.step, diagnoses=made, alerts=self._alerts)
-        text = json.dumps({key: said.to_dict()[key] for key in ("diagnoses", "alerts")})
-        if text != self._findings and (made or self._alerts):
-            self._findings = text
-            content = json.dumps(replace(said, batch=report.batch).to_dict())
-            yield f"{PREFIX}/findings", content.encode()
+        if (made, self._alerts) != self._findings:
+            self._findings = made, self._alerts
+            said = Report(report.step, diagnoses=made, alerts=self._alerts, batch=report.batch)
+            yield f"{PREFIX}/findings", json.dumps(said.to_dict()).encode()
 
     def flush(self, *, partial: bool = False) -> Iterator[tuple[str, bytes]]:
         """Yield what was not written yet.
