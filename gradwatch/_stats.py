@@ -140,7 +140,10 @@ class Sensor:
         self._is_over = self._held is not None
         self._look(gradients)
         chosen = self._positions(names)
-        self._arrived = (self._arrived - chosen) | (self._sure & chosen)
+        if chosen is self._everyone:
+            self._arrived = self._sure
+        else:
+            self._arrived = (self._arrived - chosen) | (self._sure & chosen)
         self._held, self._is_over, self._first = None, False, None
         self._clears = False not in _nones(gradients)
 
@@ -153,7 +156,7 @@ class Sensor:
         if absent:
             absent = list(compress(absent, map(_wants, compress(self._parameters, nones))))
         there = self._present(nones)
-        stale = () if there <= self._arrived else sorted(there - self._arrived)
+        stale = () if self._has_arrived(there) else sorted(there - self._arrived)
         old = {
             self.names[i] for i in stale if self._is_old(i) and self._parameters[i].requires_grad
         }
@@ -166,8 +169,11 @@ class Sensor:
         """Begin a new step for the parameters of one optimizer."""
         self._first = None
         chosen = self._positions(names)
-        self._arrived -= chosen
-        self._sure -= chosen
+        if chosen is self._everyone:
+            self._arrived = self._sure = frozenset()
+        else:
+            self._arrived -= chosen
+            self._sure -= chosen
 
     def _positions(self, names: Collection[str]) -> frozenset[int]:
         if len(names) == len(self.names):
@@ -185,9 +191,20 @@ class Sensor:
             held = self._held
             replaced = present & held.replaced(gradients) if held.refs else present
             self._latest = replaced | (present & held.moved(gradients)) if held.refs else replaced
-            self._arrived |= self._latest
-            self._sure |= replaced
+            self._arrived = self._joined(self._arrived, self._latest)
+            self._sure = self._joined(self._sure, replaced)
             self._held, self._is_over = None, False
+
+    # A set of a thousand costs more to join or to compare than all gradients to look at, and nearly always
+    # it is the set of everyone, or empty.
+
+    def _joined(self, some: frozenset[int], others: frozenset[int]) -> frozenset[int]:
+        if not some or others is self._everyone:
+            return others
+        return some if not others or some is self._everyone else some | others
+
+    def _has_arrived(self, positions: frozenset[int]) -> bool:
+        return positions is self._arrived or positions <= self._arrived
 
     def _present(self, nones: list[bool]) -> frozenset[int]:
         """Return the positions that hold a gradient: the same ones in nearly every step."""
