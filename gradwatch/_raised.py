@@ -3,7 +3,7 @@
 What this room knows that no other does: what torch's messages about autograd mean, and which recorded
 operation, write or backward pass they speak of. The error itself is never changed: it gets a note.
 
-Limits: messages are recognised by their words, in English, as torch 2.6 to 2.13 writes them; an
+Limits: messages are recognised by their words, in English, as torch 2.6 to 2.14 writes them; an
 unknown one gets no note.
 """
 
