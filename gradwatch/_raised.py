@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gradwatch._diagnose import Inspection
-    from gradwatch._record import Op, Write
+    from gradwatch._record import Failed, Op, Write
     from gradwatch._trace import Trace
 
     _Find = Callable[["_Raised"], str | None]
@@ -50,6 +50,18 @@ class _Raised:
     @property
     def trace(self) -> Trace:
         return self.inspection.trace
+
+    @property
+    def failed(self) -> Failed | None:
+        """The call of torch's that raised this very error, and none that the user has caught before."""
+        failed = self.trace.failed
+        traceback = self.error.__traceback__
+        while failed is not None and failed.place is not None and traceback is not None:
+            at = traceback.tb_frame.f_code, traceback.tb_lasti
+            if at == failed.place[:2]:
+                return failed
+            traceback = traceback.tb_next
+        return None
 
     def maker_of(self, number: int) -> Op | None:
         """Return the operation that made a value, where it ran in this step."""
@@ -197,7 +209,7 @@ def _holds(value: Any, tensor: Any) -> bool:
 def _copied(raised: _Raised) -> str | None:
     """Explain the copy of a computed tensor by the attribute that keeps it, else by what made it."""
     kept = _kept_anywhere(raised.model)
-    failed = raised.trace.failed
+    failed = raised.failed
     if kept is None:
         return _failing("copy_of_a_result")(raised)
     copied = None if failed is None else _at(failed.place)
@@ -271,7 +283,7 @@ def _stem(node: str) -> str:
 
 def _view_without_history(raised: _Raised) -> str | None:
     """Explain a write into a view that was made while gradient mode was off, by the making of the view."""
-    failed = raised.trace.failed
+    failed = raised.failed
     made = [raised.maker_of(n) for n in failed.read[:1]] if failed is not None else []
     if failed is None or not made or made[0] is None:
         return _failing("view_without_history")(raised)
@@ -369,7 +381,7 @@ def _is_truth(op: Op) -> bool:
 
 def _inference(raised: _Raised) -> str | None:
     """Explain a tensor of inference mode by the operation that made it."""
-    failed = raised.trace.failed
+    failed = raised.failed
     made = raised.maker_of(failed.read[0]) if failed is not None and failed.read else None
     if failed is None or made is None or made.grad_mode:
         return _failing("inference")(raised)
@@ -423,7 +435,7 @@ def _failing(kind: str) -> _Find:
     """Explain an error by the call that raised it."""
 
     def find(raised: _Raised) -> str | None:
-        failed = raised.trace.failed
+        failed = raised.failed
         if failed is None or failed.place is None:
             return None
         return _words.error_note(kind, _at(failed.place))

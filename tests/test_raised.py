@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
@@ -638,6 +639,21 @@ def test_an_error_keeps_its_words_and_names_the_line_and_the_way_out(case):
     (note,) = caught.value.__notes__
     assert f"test_raised.py:{guilty_line(case)}" in note
     assert case.advice in note
+
+
+def test_an_error_that_was_caught_before_explains_no_other():
+    """A call of torch's that raised, and was caught, has no part in what the user's code raises later."""
+
+    class Fallback(Net):
+        def forward(self, x):
+            with contextlib.suppress(RuntimeError):
+                self.enc(x).numpy()
+            raise NotImplementedError("the derivative for my own loss is not implemented")
+
+    with pytest.raises(NotImplementedError) as caught, diagnose(model := Fallback()):
+        model(torch.ones(4, 3))
+
+    assert not hasattr(caught.value, "__notes__")
 
 
 def test_what_a_global_keeps_is_found_through_the_function_that_returns_it():
