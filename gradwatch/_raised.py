@@ -234,7 +234,7 @@ def _overwritten(raised: _Raised) -> str | None:
     write = _culprit(later, shape, found[2], raised)
     if write is not None:
         # A view that was made anew says nothing of what the user wrote.
-        maker = None if found[2] == "AsStrided" else found[2]
+        maker = None if _stem(found[2] or "") == "AsStrided" else found[2]
         kind = "overwritten" if maker is None else "overwritten_result"
         return _words.overwritten(kind, _at(write.place), write.operation, maker)
     for op in trace.ops:
