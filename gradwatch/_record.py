@@ -9,6 +9,7 @@ Limits: tensors are found in nested lists, tuples and dicts, not inside objects 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 from operator import attrgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -274,14 +275,18 @@ _SHARED = range(-5, 257)
 """Integers of which Python has one object each."""
 
 
-def plain_numbers_in(item: Any, limit: int = 1000) -> Iterator[float]:
-    """Yield the Python numbers in arguments or results whose identity tells where they come from."""
+def plain_numbers_in(item: Any) -> Iterator[float]:
+    """Return the first thousand Python numbers in arguments or results whose identity tells where they come from."""
+    return islice(_numbers_in(item), 1000)
+
+
+def _numbers_in(item: Any) -> Iterator[float]:
     kind = type(item)
     if kind is float or (kind is int and item not in _SHARED):
         yield item
     elif kind is list or kind is tuple:
-        for inner in item[:limit]:
-            yield from plain_numbers_in(inner, limit)
+        for inner in item:
+            yield from _numbers_in(inner)
 
 
 def is_telling(number: float) -> bool:
