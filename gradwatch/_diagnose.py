@@ -20,11 +20,10 @@ from gradwatch import _frames, _words, explain
 from gradwatch._calls import Kind, Wrapper
 from gradwatch._flow import Cut, Flow, follow
 from gradwatch._graph import Origin, Passed, walk, watched_backward
+from gradwatch._marks import Marks, Use
 from gradwatch._record import Backward, Op, hooks_of, label_of
 from gradwatch._source import (
-    Marks,
     Statement,
-    Use,
     assignments,
     clearings,
     copies,

@@ -11,7 +11,8 @@ from torch import nn
 
 from gradwatch import diagnose
 from gradwatch._frames import here, site_of, stack
-from gradwatch._source import Marks, Step, Use, freezings, keepings
+from gradwatch._marks import Marks, Use
+from gradwatch._source import Step, freezings, keepings
 
 LEFT: list[tuple[Step, ...]] = []
 USED: list[Step] = []
