@@ -66,8 +66,10 @@ _SAME_MEMORY = {"numpy", "detach", "cpu", "view", "reshape", "ravel", "data", "T
 # Shapes: which parts of a thing hold the value --------------------------------------------------------------
 
 Part = int | str
-"""The position of an element, the key of one, the name of a field; ``EACH`` for any of many."""
+"""The position of an element, the key of one, the name of a field; ``EACH`` for any element of a sequence, and
+``ANY_KEY`` for what is under any key of a mapping."""
 EACH = "*"
+ANY_KEY = "**"
 Path = tuple[Part, ...]
 Shape = frozenset[Path]
 """Where in a thing the value is: ``()`` for the thing itself, ``("aux",)`` for one item, nothing for nowhere."""
@@ -84,12 +86,19 @@ def _inside(part: Part, shape: Shape) -> Shape:
 
 def _part(shape: Shape, *parts: Part) -> Shape:
     """Return the shape of one part of a container; of a whole, a part is the whole again."""
-    return frozenset(path[1:] for path in shape if not path or path[0] in {*parts, EACH})
+    wanted = {*parts, EACH, ANY_KEY}
+    return frozenset(path[1:] for path in shape if not path or path[0] in wanted)
 
 
 def _element(shape: Shape) -> Shape:
-    """Return the shape of what a container hands out in a loop."""
+    """Return the shape of any one element, whatever its place or key."""
     return frozenset(path[1:] for path in shape)
+
+
+def _iterated(shape: Shape) -> Shape:
+    """Return the shape of what a loop over a container hands out: of a mapping only the keys."""
+    elements = (path for path in shape if not path or path[0] == EACH or isinstance(path[0], int))
+    return frozenset(path[1:] for path in elements)
 
 
 def _unordered(shape: Shape) -> Shape:
@@ -138,6 +147,7 @@ class Marks:
         returned = _Returned(WHOLE)
         for step in stack:
             if step[0].co_name in _INNER:
+                inner = inner or step
                 continue
             node = function(step[0])
             if node is None:
@@ -223,9 +233,12 @@ def _known(file: str, call: ast.Call) -> tuple[ast.FunctionDef | ast.AsyncFuncti
     root: ast.AST = call.func
     while isinstance(root, ast.Attribute):
         root = root.value
-    if root is not call.func and isinstance(root, ast.Name) and root.id in _imported(tree(file)):
+    module, is_method = tree(file), isinstance(call.func, ast.Attribute)
+    if is_method and isinstance(root, ast.Name) and root.id in _imported(module):
         return ()  # `np.mean` is none of the user's, whatever these are called
-    found = definitions(tree(file)).get(called(call), ())
+    owners = owner_of(module)
+    found = definitions(module).get(called(call), ())
+    found = tuple(node for node in found if (node in owners) == is_method)
     return found if len(found) <= _MANY else ()
 
 
@@ -244,6 +257,8 @@ def _only_chooses(node: ast.AST | None, through: str) -> bool:
     """Tell whether an expression in which a value was asked for hands on something else, by the answer."""
     if isinstance(node, ast.Subscript):
         return through == "__index__"
+    if isinstance(node, ast.BoolOp):
+        return through == "__bool__"
     if isinstance(node, ast.Call) and called(node) in _CHOOSERS:
         return through == "__bool__" or any(keyword.arg == "key" for keyword in node.keywords)
     return False
@@ -421,7 +436,7 @@ class _Marked:
     def _of_dict(self, node: ast.Dict) -> Shape:
         return NOWHERE.union(
             *(
-                self.shape(value) if key is None else _inside(_constant(key), self.shape(value))
+                self.shape(value) if key is None else _inside(_key_of(key), self.shape(value))
                 for key, value in zip(node.keys, node.values, strict=True)
             )
         )
@@ -430,7 +445,7 @@ class _Marked:
         return _inside(EACH, self.shape(node.elt))
 
     def _of_dict_comprehension(self, node: ast.DictComp) -> Shape:
-        return _inside(EACH, self.shape(node.value))
+        return _inside(ANY_KEY, self.shape(node.value))
 
     def _of_choice(self, node: ast.IfExp) -> Shape:
         return self.shape(node.body) | self.shape(node.orelse)
@@ -457,6 +472,8 @@ class _Marked:
             made = self._of_method(node.func, node)
             if made is not None:
                 return made
+        if name in _CONTAINERS:
+            return NOWHERE.union(*map(_unordered, arguments), *self._keywords(node))
         if name[:1].isupper() and isinstance(node.func, (ast.Name, ast.Attribute)):
             places = [
                 _inside(position, shape)
@@ -478,15 +495,15 @@ class _Marked:
         ):
             return None
         if name == "zip":
-            pairs = [_inside(i, _element(shape)) for i, shape in enumerate(arguments)]
+            pairs = [_inside(i, _iterated(shape)) for i, shape in enumerate(arguments)]
             return _inside(EACH, NOWHERE.union(*pairs))
         if name == "enumerate":
-            return _inside(EACH, _inside(1, _element(NOWHERE.union(*arguments[:1]))))
+            return _inside(EACH, _inside(1, _iterated(NOWHERE.union(*arguments[:1]))))
         if name in {"list", "tuple", "reversed", "set", "iter", "deque", "frozenset"}:
             return _unordered(NOWHERE.union(*arguments[:1]))
         if name == "dict":
             return NOWHERE.union(*arguments[:1], *self._keywords(node))
-        return _element(NOWHERE.union(*arguments[:1])) if name == "next" else None
+        return _iterated(NOWHERE.union(*arguments[:1])) if name == "next" else None
 
     def _of_method(self, method: ast.Attribute, call: ast.Call) -> Shape | None:
         held = self.shape(method.value)
@@ -633,7 +650,7 @@ class _Marked:
             self._add(node)
         elif isinstance(node, (ast.For, ast.AsyncFor, ast.comprehension)):
             chosen = self.chooses(node.iter)
-            self._unpack(node.target, _element(self.shape(node.iter)), chosen=chosen)
+            self._unpack(node.target, _iterated(self.shape(node.iter)), chosen=chosen)
             if not isinstance(node, ast.comprehension) and self._counts(node.iter):
                 self._rule(node.body)
         elif isinstance(node, ast.withitem) and node.optional_vars is not None:
@@ -887,6 +904,10 @@ _ABOUT_THE_FORM = frozenset(["len", "shape", "size", "ndim", "dtype", "device", 
 """Functions and attributes that tell how many numbers there are, and not which."""
 _LIKE = frozenset(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn"))
 """Functions that read of their first argument how large it is."""
+_CONTAINERS = frozenset(
+    ["Counter", "OrderedDict", "defaultdict", "Series", "DataFrame", "UserList", "UserDict"]
+)
+"""Classes of containers whose elements are those of what they are made from."""
 _FINITE = frozenset(["isnan", "isfinite", "isinf", "isclose"])
 """Functions that ask whether a number is one."""
 _COUNTING = frozenset(["range", "arange", "trange", "islice", "repeat"])
@@ -941,6 +962,19 @@ def _constant(node: ast.AST) -> Part:
     """Return the part that a key stands for, ``EACH`` where the text does not tell."""
     known = isinstance(node, ast.Constant) and isinstance(node.value, (int, str))
     return node.value if known else EACH  # type: ignore[attr-defined]
+
+
+def _key_of(node: ast.AST) -> Part:
+    """Return the part that a key of a mapping stands for."""
+    key = _constant(node)
+    return ANY_KEY if key == EACH else key
+
+
+def _root(node: ast.AST) -> str:
+    """Return the name that a chain of attributes, items and calls begins with."""
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call, ast.Starred)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _selects(node: ast.AST) -> bool:
@@ -1025,15 +1059,21 @@ def _local_names(node: Function) -> frozenset[str]:
     if isinstance(node, ast.Module):
         return frozenset()
     names: set[str] = set()
-    shared: set[str] = set()
     for inner in ast.walk(node):
         if isinstance(inner, ast.arg):
             names.add(inner.arg)
         elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
             names.add(inner.id)
-        elif isinstance(inner, (ast.Global, ast.Nonlocal)):
-            shared.update(inner.names)
-    return frozenset(names - shared)
+        elif isinstance(inner, ast.FunctionDef) and inner is not node:
+            names.add(inner.name)
+    return frozenset(names - _declared(node))
+
+
+@lru_cache(maxsize=1024)
+def _declared(node: Function) -> frozenset[str]:
+    """Return the names that a function, or one inside of it, shares with others: `global`, `nonlocal`."""
+    found = (inner for inner in ast.walk(node) if isinstance(inner, (ast.Global, ast.Nonlocal)))
+    return frozenset(name for inner in found for name in inner.names)
 
 
 def _readings(key: Key) -> set[Key]:
@@ -1090,14 +1130,14 @@ def _mutated(function_: Function) -> frozenset[str]:
     changed: set[str] = set()
     for node in ast.walk(function_):
         if isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, ast.Store):
-            changed.add(last_name(node.value))
+            changed.add(_root(node))
         elif isinstance(node, ast.Call):
             if isinstance(node.func, ast.Attribute):
-                changed.add(last_name(node.func.value))
+                changed.add(_root(node.func))
             if called(node) in _WRITERS or any(k.arg == "out" for k in node.keywords):
-                changed.update(map(last_name, _arguments(node)))
+                changed.update(map(_root, _arguments(node)))
         elif isinstance(node, ast.AugAssign):
-            changed.add(last_name(node.target))
+            changed.add(_root(node.target))
     return frozenset(changed)
 
 
