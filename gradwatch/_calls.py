@@ -10,6 +10,7 @@ Limits: a name says nothing of dtypes or gradient mode; whether a gradient flows
 from __future__ import annotations
 
 import copy
+import linecache
 import sys
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -285,6 +286,17 @@ def calls_script(frame: FrameType) -> bool:
             if isinstance(home.get(name), torch.jit.ScriptFunction):
                 return True
     _NO_SCRIPT[id(code)] = code
+    return False
+
+
+def wraps_in_variables(frame: FrameType | None) -> bool:
+    """Tell whether code on the stack is of a file that wraps tensors in ``Variable``, which no mode sees."""
+    while frame is not None:
+        if _frames.owner(frame.f_code) is _frames.Owner.USER:
+            lines = linecache.getlines(frame.f_code.co_filename)
+            if any("Variable(" in line for line in lines):
+                return True
+        frame = frame.f_back
     return False
 
 

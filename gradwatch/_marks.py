@@ -15,8 +15,9 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import count
 from typing import TYPE_CHECKING
+
+import torch
 
 from gradwatch._source import (
     FILLERS,
@@ -75,6 +76,10 @@ Shape = frozenset[Path]
 """Where in a thing the value is: ``()`` for the thing itself, ``("aux",)`` for one item, nothing for nowhere."""
 NOWHERE: Shape = frozenset()
 WHOLE: Shape = frozenset({()})
+_ROUNDS = 100
+"""Times that a function is read: no text needs so many, and no mistake of ours may keep a user waiting."""
+_MOST = 100
+"""Parts beyond which a thing counts as a whole."""
 _DEEPEST = 4
 """Parts of parts beyond which a thing counts as a whole, so that loops come to an end."""
 
@@ -324,8 +329,9 @@ class _MarkSets:
 
     def add(self, key: Key, shape: Shape) -> None:
         known = self.data.get(key, NOWHERE)
-        if not shape <= known:
-            self.data[key] = known | shape
+        if not shape <= known and known != WHOLE:
+            together = known | shape
+            self.data[key] = together if len(together) <= _MOST else WHOLE
             self.news.count += 1
 
 
@@ -348,7 +354,8 @@ class _Marked:
         self._file = file
         self._locals = set(_local_names(node))
         self._class = owner_of(tree(file)).get(node)
-        self._seeds: dict[ast.AST, _Returned] = {}
+        self._seeds: dict[ast.AST, list[_Returned]] = {}
+        """What expressions get of the value from elsewhere; from each of the functions that a call may mean."""
         self._governed: set[ast.AST] = set()
         self._seen_shared = 0
         self._worked_out: tuple[int, dict[ast.AST, Shape]] = 0, {}
@@ -378,9 +385,9 @@ class _Marked:
         return known[node]
 
     def _work_out(self, node: ast.AST) -> Shape:
-        seed = self._seeds.get(node)
-        if seed is not None and seed.shape:
-            return seed.shape
+        seeded = NOWHERE.union(*(seed.shape for seed in self._seeds.get(node, ())))
+        if seeded:
+            return seeded
         how = _SHAPES.get(type(node))
         if how is not None:
             found: Shape = getattr(self, how)(node)
@@ -458,30 +465,29 @@ class _Marked:
 
     def _of_call(self, node: ast.Call) -> Shape:
         name = called(node)
-        if name in _ABOUT_THE_FORM or name in _ASK_FOR_THE_TYPE:
-            return NOWHERE
-        if _known(self._file, node):
-            return NOWHERE  # what it returns of the value is a seed
+        if name in _ABOUT_THE_FORM | _ASK_FOR_THE_TYPE or _known(self._file, node):
+            return NOWHERE  # what a known function returns of the value is a seed
         if name in _LIKE:
-            return WHOLE if any(map(self.depends, _arguments(node)[1:])) else NOWHERE
-        arguments = [self.shape(argument) for argument in node.args]
-        made = self._of_builtin(name, node, arguments)
-        if made is not None:
-            return made
-        if isinstance(node.func, ast.Attribute):
-            made = self._of_method(node.func, node)
+            return self._any(_arguments(node)[1:])
+        for how in (self._of_builtin, self._of_method, self._of_class):
+            made = how(node, name)
             if made is not None:
                 return made
+        # A method of a tensor's may bear the name of an attribute that is marked: `x.sum()`, `meter.sum`.
+        function_ = node.func
+        if isinstance(function_, ast.Attribute) and name in _OF_TENSORS:
+            function_ = function_.value
+        return self._any([*_arguments(node), function_])
+
+    def _of_class(self, node: ast.Call, name: str) -> Shape | None:
+        """Return the shape of an object that is made."""
+        if not name[:1].isupper():
+            return None
+        shapes = [self.shape(argument) for argument in node.args]
         if name in _CONTAINERS:
-            return NOWHERE.union(*map(_unordered, arguments), *self._keywords(node))
-        if name[:1].isupper() and isinstance(node.func, (ast.Name, ast.Attribute)):
-            places = [
-                _inside(position, shape)
-                for position, shape in zip(count(), arguments, strict=False)
-            ]
-            return NOWHERE.union(*places, *self._keywords(node))
-        given = (*_arguments(node), node.func)
-        return WHOLE if any(map(self.depends, given)) else NOWHERE
+            return NOWHERE.union(*map(_unordered, shapes), *self._keywords(node))
+        places = [_inside(position, shape) for position, shape in enumerate(shapes)]
+        return NOWHERE.union(*places, *self._keywords(node))
 
     def _keywords(self, node: ast.Call) -> list[Shape]:
         return [
@@ -489,59 +495,54 @@ class _Marked:
             for k in node.keywords
         ]
 
-    def _of_builtin(self, name: str, node: ast.Call, arguments: list[Shape]) -> Shape | None:
+    def _of_builtin(self, node: ast.Call, name: str) -> Shape | None:
         if not isinstance(node.func, ast.Name) or any(
             isinstance(a, ast.Starred) for a in node.args
         ):
             return None
+        arguments = [self.shape(argument) for argument in node.args]
+        first = NOWHERE.union(*arguments[:1])
+        found: Shape | None = None
         if name == "zip":
             pairs = [_inside(i, _iterated(shape)) for i, shape in enumerate(arguments)]
-            return _inside(EACH, NOWHERE.union(*pairs))
-        if name == "enumerate":
-            return _inside(EACH, _inside(1, _iterated(NOWHERE.union(*arguments[:1]))))
-        if name in {"list", "tuple", "reversed", "set", "iter", "deque", "frozenset"}:
-            return _unordered(NOWHERE.union(*arguments[:1]))
-        if name == "dict":
-            return NOWHERE.union(*arguments[:1], *self._keywords(node))
-        return _iterated(NOWHERE.union(*arguments[:1])) if name == "next" else None
+            found = _inside(EACH, NOWHERE.union(*pairs))
+        elif name == "enumerate":
+            found = _inside(EACH, _inside(1, _iterated(first)))
+        elif name in {"list", "tuple", "reversed", "set", "iter", "deque", "frozenset"}:
+            found = _unordered(first)
+        elif name == "dict":
+            found = NOWHERE.union(first, *self._keywords(node))
+        elif name == "next":
+            found = _iterated(first)
+        return found
 
-    def _of_method(self, method: ast.Attribute, call: ast.Call) -> Shape | None:
-        held = self.shape(method.value)
-        if method.attr == "keys":
-            return held & WHOLE
-        if method.attr == "items":
-            return _inside(EACH, _inside(1, _element(held)))
-        if method.attr == "values":
-            return _inside(EACH, _element(held))
-        if method.attr == "copy":
-            return held
-        if method.attr in {"get", "pop", "setdefault"}:
-            key = _constant(call.args[0]) if call.args else EACH
-            default = NOWHERE.union(*map(self.shape, call.args[1:]))
-            return (_element(held) if key == EACH else _part(held, key)) | default
-        return None
+    def _of_method(self, node: ast.Call, name: str) -> Shape | None:
+        if not isinstance(node.func, ast.Attribute) or name not in _OF_MAPPINGS:
+            return None
+        held = self.shape(node.func.value)
+        if name == "keys":
+            found = held & WHOLE
+        elif name == "items":
+            found = _inside(EACH, _inside(1, _element(held)))
+        elif name == "values":
+            found = _inside(EACH, _element(held))
+        elif name == "copy":
+            found = held
+        else:
+            key = _constant(node.args[0]) if node.args else EACH
+            default = NOWHERE.union(*map(self.shape, node.args[1:]))
+            found = (_element(held) if key == EACH else _part(held, key)) | default
+        return found
 
     # Choice -----------------------------------------------------------------------------------------
 
     def chooses(self, node: ast.AST) -> bool:
         """Tell whether an expression is what it is because of the value."""
-        seed = self._seeds.get(node)
-        if seed is not None and seed.chosen:
+        if any(seed.chosen for seed in self._seeds.get(node, ())):
             return True
-        if isinstance(node, ast.IfExp) and self.depends(node.test):
-            return True
-        if isinstance(node, ast.BoolOp) and any(map(self.depends, node.values[:-1])):
-            return True
-        if isinstance(node, ast.Subscript) and self.depends(node.slice):
-            return True
-        if isinstance(node, ast.Call):
-            if self.depends(node.func) and _selects(node.func):
-                return True
-            if _known(self._file, node):
-                return False  # what it returns of the value is a seed
-        if isinstance(node, ast.comprehension) and any(map(self.depends, node.ifs)):
-            return True
-        return self._finds_chosen(node)
+        if isinstance(node, ast.Call) and _known(self._file, node):
+            return False  # what it returns of the value is a seed
+        return any(map(self.depends, _deciding(node))) or self._finds_chosen(node)
 
     def _finds_chosen(self, node: ast.AST) -> bool:
         marks = self._own.chosen | self._shared.chosen
@@ -612,8 +613,9 @@ class _Marked:
             self.spread()
 
     def _seed(self, node: ast.AST, returned: _Returned) -> None:
-        if self._seeds.get(node) is not returned:
-            self._seeds[node] = returned
+        known = self._seeds.setdefault(node, [])
+        if not any(seed is returned for seed in known):
+            known.append(returned)
             self._news.count += 1
 
     def take_up(self, around: _Marked, names: Iterable[str]) -> None:
@@ -625,14 +627,14 @@ class _Marked:
 
     def know(self, names: Iterable[str]) -> None:
         """Take names of a function around this one for its own."""
-        self._locals |= {
-            name for name in names if ("global", name, self._file) not in self._shared.data
-        }
+        self._locals |= set(names) - _declared(self.node)
 
     def spread(self) -> None:
         """Mark what follows from the marks until nothing is added."""
         known: tuple[int, ...] = ()
-        while known != (known := self._how_much()):
+        for _ in range(_ROUNDS):
+            if known == (known := self._how_much()):
+                break
             for node in _nodes_of(self.node):
                 self._visit(node)
         if isinstance(self.node, ast.Lambda):
@@ -649,22 +651,18 @@ class _Marked:
         elif isinstance(node, ast.AugAssign):
             self._add(node)
         elif isinstance(node, (ast.For, ast.AsyncFor, ast.comprehension)):
-            chosen = self.chooses(node.iter)
-            self._unpack(node.target, _iterated(self.shape(node.iter)), chosen=chosen)
-            if not isinstance(node, ast.comprehension) and self._counts(node.iter):
-                self._rule(node.body)
+            self._loop(node)
         elif isinstance(node, ast.withitem) and node.optional_vars is not None:
             self._assign([node.optional_vars], node.context_expr)
         elif isinstance(node, (ast.If, ast.While)):
             self._govern(node)
         elif isinstance(node, ast.Match):
             self._match(node)
-        elif isinstance(node, ast.YieldFrom):
-            self._return(node, self.shape(node.value))
-        elif isinstance(node, ast.Yield) and node.value is not None:
-            self._return(node.value, _inside(EACH, self.shape(node.value)))
-        elif isinstance(node, ast.Return) and node.value is not None:
-            self._return(node.value, self.shape(node.value))
+        elif isinstance(node, (ast.Return, ast.Yield, ast.YieldFrom)):
+            if node.value is not None:
+                shape = self.shape(node.value)
+                one = isinstance(node, ast.Yield)
+                self._return(node.value, _inside(EACH, shape) if one else shape)
         else:
             self._visit_expression(node)
 
@@ -676,6 +674,13 @@ class _Marked:
                 self._fill(node)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and self._shared:
             self._read_property(node)
+
+    def _loop(self, node: ast.For | ast.AsyncFor | ast.comprehension) -> None:
+        """Mark what a loop hands out, and what it runs as often as the value says."""
+        shape, chosen = self.shape(node.iter), self.chooses(node.iter)
+        self._unpack(node.target, _iterated(shape), chosen=chosen)
+        if not isinstance(node, ast.comprehension) and self._counts(node.iter):
+            self._rule(node.body)
 
     def _counts(self, node: ast.AST) -> bool:
         """Tell whether a loop runs as often as the value says."""
@@ -904,10 +909,13 @@ _ABOUT_THE_FORM = frozenset(["len", "shape", "size", "ndim", "dtype", "device", 
 """Functions and attributes that tell how many numbers there are, and not which."""
 _LIKE = frozenset(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn"))
 """Functions that read of their first argument how large it is."""
+_OF_MAPPINGS = frozenset(["keys", "items", "values", "copy", "get", "pop", "setdefault"])
+"""Methods that hand out parts of a container."""
 _CONTAINERS = frozenset(
     ["Counter", "OrderedDict", "defaultdict", "Series", "DataFrame", "UserList", "UserDict"]
 )
 """Classes of containers whose elements are those of what they are made from."""
+_OF_TENSORS = frozenset(dir(torch.Tensor))
 _FINITE = frozenset(["isnan", "isfinite", "isinf", "isclose"])
 """Functions that ask whether a number is one."""
 _COUNTING = frozenset(["range", "arange", "trange", "islice", "repeat"])
@@ -977,9 +985,22 @@ def _root(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def _selects(node: ast.AST) -> bool:
-    """Tell whether an expression picks what is called: `self.experts[k]`."""
-    return any(isinstance(inner, ast.Subscript) for inner in ast.walk(node))
+def _deciding(node: ast.AST) -> Sequence[ast.AST]:
+    """Return the parts of an expression that decide which of the others it is."""
+    found: Sequence[ast.AST] = ()
+    if isinstance(node, ast.IfExp):
+        found = [node.test]
+    elif isinstance(node, ast.BoolOp):
+        found = node.values[:-1]
+    elif isinstance(node, ast.Subscript):
+        found = [node.slice]
+    elif isinstance(node, ast.comprehension):
+        found = node.ifs
+    elif isinstance(node, ast.Call) and any(
+        isinstance(inner, ast.Subscript) for inner in ast.walk(node.func)
+    ):
+        found = [node.func]  # `self.experts[k](h)`
+    return found
 
 
 def _writes_into(function_: ast.AST, target: ast.AST) -> bool:

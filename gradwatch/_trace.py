@@ -485,7 +485,8 @@ class Trace(Record):
         alias = self._alias(tensor)
         if alias is not None:
             place = self.registrations.get(id(tensor))
-            op = self._append(nn.Parameter, Kind.REWRAP, (alias,), place)
+            maker = nn.Parameter if isinstance(tensor, nn.Parameter) else torch.autograd.Variable
+            op = self._append(maker, Kind.REWRAP, (alias,), place)
             number = self._produce(tensor, op)
             self.values[number].label = label_of(tensor) if tensor.requires_grad else None
             return number
@@ -512,8 +513,13 @@ class Trace(Record):
         """Return the value over whose memory a leaf was put, where there is one."""
         for entry in reversed(self._sharing(tensor)):
             # The memory of a dead tensor may have been given to a new one: only a leaf that wants a
-            # gradient, or could, is taken for its heir.
-            if entry() is not None or tensor.requires_grad or isinstance(tensor, nn.Parameter):
+            # gradient, or could, or that the user's text may have wrapped, is taken for its heir.
+            if (
+                entry() is not None
+                or tensor.requires_grad
+                or isinstance(tensor, nn.Parameter)
+                or _calls.wraps_in_variables(sys._getframe(1))
+            ):
                 return entry.value
         return None
 
