@@ -11,6 +11,7 @@ import copy
 import functools
 import io
 import math
+import random
 
 import numpy as np
 import torch
@@ -1194,6 +1195,186 @@ class ReturnedInAnObject(Case):
     def forward(self, x):
         out = self.losses(x)
         return out.loss / 2
+
+
+class OutputsInAList(Case):
+    expect = {"not_in_loss": ENC}
+
+    def step(self, row):
+        aux = self.enc(row).pow(2).mean()  # <- here
+        return {"loss": self.head(row).mean(), "aux": aux.item()}
+
+    def forward(self, x):
+        outputs = [self.step(row) for row in x]
+        return torch.stack([output["loss"] for output in outputs]).mean()
+
+
+class ZippedWithTheLosses(Case):
+    expect = {"not_in_loss": ENC}
+
+    def forward(self, x):
+        certain = self.enc(x).sigmoid().mean(1)  # <- here
+        values, total = certain.tolist(), 0.0
+        for value, row in zip(values, x, strict=True):
+            self.last = value
+            total = total + self.head(row).mean()
+        return total
+
+
+class CountedInALog(Case):
+    expect = {"not_in_loss": ENC}
+
+    def forward(self, x):
+        aux = self.enc(x).pow(2).mean()  # <- here
+        history = [1.0, 2.0]
+        history.append(aux.item())
+        return self.head(x).sum() / len(history)
+
+
+class Meter:
+    """A running mean, as training scripts keep it."""
+
+    def __init__(self):
+        self.sum = self.average = 0.0
+        self.count = 0
+
+    def observe(self, value, n):
+        """Take a value for ``n`` samples."""
+        self.sum += value * n
+        self.count += n
+        self.average = self.sum / self.count
+
+
+class CountOfAMeter(Case):
+    """One attribute of an object holds the value, the one that is used does not."""
+
+    expect = {"not_in_loss": ENC}
+
+    def forward(self, x):
+        aux = self.enc(x).pow(2).mean()  # <- here
+        meter = Meter()
+        meter.observe(aux.item(), len(x))
+        return self.head(x).square().sum() / meter.count
+
+
+class AssignedAnew(Case):
+    expect = {"not_in_loss": ENC}
+
+    def forward(self, x):
+        aux = self.enc(x).pow(2).mean()  # <- here
+        weight = aux.item()
+        self.seen = weight
+        weight = 0.5
+        return self.head(x * weight).mean()
+
+
+class GuardedAgainstNaN(Case):
+    expect = {"not_in_loss": ENC}
+
+    def forward(self, x):
+        total = 0.0
+        for row in x:
+            aux = self.enc(row).pow(2).mean()  # <- here
+            if not math.isfinite(aux.item()):
+                continue
+            total = total + self.head(row).mean()
+        return total
+
+
+class KeysOfALog(Case):
+    expect = {"not_in_loss": ENC}
+
+    def forward(self, x):
+        aux = self.enc(x).pow(2).mean(0)
+        parts = {"a": self.head(x).mean(), "b": self.head(x).square().mean()}
+        log = {name: value.item() for name, value in zip("abc", aux, strict=True)}  # <- here
+        return sum(parts[name] for name in log if name in parts)
+
+
+class ArgumentThatIsNotReturned(Case):
+    """A function that is handed the value and returns something else passes nothing on."""
+
+    expect = {"not_in_loss": ENC}
+
+    def scale(self, step, metric, **others):
+        self.log = (metric, others)
+        return 1.0 / step
+
+    def forward(self, x):
+        aux = self.enc(x).pow(2).mean()  # <- here
+        return self.head(x).mean() * self.scale(3, aux.item(), extra=aux.item())
+
+
+class SetUpByAMethod(Case):
+    """An object of a library's holds what a method of it was given, in a statement of its own."""
+
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        chance = random.Random()  # noqa: S311 -- it keeps no secret
+        chance.seed(self.enc(x).mean().item())  # <- here
+        return self.head(x * (1 + chance.random())).mean()
+
+
+class ClosureHandedOn(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        rate = self.enc(x).mean().item()  # <- here
+
+        def slope(y):
+            return -rate * y
+
+        return self.head(x * sum(map(slope, [1.0, 2.0]))).mean()
+
+
+class AddedUpFromInside(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        total = 1.0
+
+        def visit(row):
+            nonlocal total
+            total += float(self.enc(row).square().mean())  # <- here
+
+        for row in x:
+            visit(row)
+        return self.head(x).mean() * total
+
+
+class WrappedInVariable(Case):
+    expect = {"detached": ENC}
+
+    def kept(self, h):
+        return torch.autograd.Variable(h.data)  # <- here
+
+    def forward(self, x):
+        return self.head(self.kept(self.enc(x))).mean()
+
+
+class First:
+    """One of two classes whose methods bear one name, and return different things."""
+
+    def weight_of(self, value):
+        """Return the value."""
+        return value, 1.0
+
+
+class Second:
+    """The other one."""
+
+    def weight_of(self, value):
+        """Return something else first."""
+        return 1.0, {"value": value}
+
+
+class OneOfTwoMethods(Case):
+    expect = {"left_torch": ENC}
+
+    def forward(self, x):
+        weight, _ = First().weight_of(self.enc(x).mean().item())  # <- here
+        return self.head(x * weight).mean()
 
 
 class PrintedInABranch(Case):
