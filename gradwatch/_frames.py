@@ -54,7 +54,8 @@ _PASSED: set[int] = set()
 """Those of the machinery, which most frames of a step belong to."""
 _BY_FILE: dict[str, Owner] = {}
 _DISPATCHERS = tuple(f"{os.sep}torch{os.sep}{name}" for name in ("overrides.py", "_tensor.py"))
-_PLACES: dict[tuple[int, int, bool], Place] = {}
+PLACES: dict[tuple[int, int, bool], Place] = {}
+"""The places of the user's own instructions: by ``id`` of the code, instruction, and whether Lightning ran them."""
 _OPTIMIZERS: dict[int, tuple[bool, CodeType]] = {}
 _IN_DISTRIBUTIONS: dict[int, tuple[bool, CodeType]] = {}
 
@@ -132,12 +133,12 @@ def here(frame: FrameType | None) -> Place | None:
             frame = frame.f_back
             continue
         key = (id(code), frame.f_lasti, by_trainer)
-        place = _PLACES.get(key)
+        place = PLACES.get(key)
         if place is not None:
             return place
         whose = owner(code)
         if whose is Owner.USER:
-            place = _PLACES[key] = Place(code, frame.f_lasti, None, by_trainer)
+            place = PLACES[key] = Place(code, frame.f_lasti, None, by_trainer)
             return place
         if whose is Owner.LIBRARY:
             caller = _user_above(frame.f_back)

@@ -265,6 +265,9 @@ _EMPTY = (_SATURATE | _MIX.keys()) | frozenset(
 )
 """Operations whose backward leaves zeros where the forward left something out."""
 _sum = torch.sum  # as a method it takes longer
+_is_grad_enabled, _INFINITE = torch.is_grad_enabled, math.inf
+_ALONE = {(), (-1,)}
+"""Children after the first of a node that has one alone."""
 _STRIDED = torch.strided
 _SMALL = 4096
 """Elements up to which no order of memory is worth looking for."""
@@ -308,17 +311,16 @@ def walk(roots: Iterable[Tensor], tag_key: str) -> tuple[list[Node], list[Any]]:
             numbers[root.grad_fn] = len(found)
             found.append(root.grad_fn)
             inherited.append(TAG_UNKNOWN)
-    for node in found:  # which grows
-        tag = node.metadata.get(tag_key)
-        if tag is None:
-            tag = inherited[len(plain)]
+    number_of, add, inherit = numbers.get, found.append, inherited.append
+    for node, handed_down in zip(found, inherited, strict=False):  # which grow
+        tag = node.metadata.get(tag_key, handed_down)
         children = []
         for child, _ in node.next_functions:
-            number = -1 if child is None else numbers.get(child)
+            number = -1 if child is None else number_of(child)
             if number is None:
-                number = numbers[child] = len(found)
-                found.append(child)
-                inherited.append(tag)
+                number = numbers[child] = len(numbers)
+                add(child)
+                inherit(tag)
             children.append(number)
         name = node.name()
         leaf = id(node.variable) if name == _ACCUMULATES else None
@@ -354,6 +356,8 @@ def watched_backward(
         if number not in spared and (entry.custom or (sizes and entry.name not in _UNOBSERVED)):
             above = seen_below.get(number)
             observer = partial(_observe, passed, number, entry.children, above, measured)
+            if measured is not None and above is not None and _is_simple(entry, passed):
+                observer = partial(_observe_both, passed, number, above, measured)
             handles.append(found[number].register_hook(observer))
     del found
     try:
@@ -433,6 +437,34 @@ def _observe(  # noqa: PLR0917 -- called for every node, and keywords cost
         passed.broken = error
 
 
+def _is_simple(node: Node, passed: Passed) -> bool:
+    """Tell whether a node computes from one value, and perhaps a number, and nothing else is to be seen."""
+    children = node.children
+    return children[0] >= 0 and children[1:] in _ALONE and not (node.custom or passed.has_pieces)
+
+
+def _observe_both(  # noqa: PLR0917 -- as above
+    passed: Passed,
+    number: int,
+    above: tuple[int, int],
+    measured: list[tuple[tuple[int, int], Tensor]],
+    grad_inputs: tuple[Any, ...],
+    grad_outputs: tuple[Any, ...],
+) -> None:
+    """Do what ``_observe`` does for most nodes: those that compute from one value, and see what came."""
+    try:
+        gradient, came = grad_inputs[0], grad_outputs[0]
+        if gradient is None or came is None:
+            children = passed.nodes[number].children
+            _observe(passed, number, children, above, measured, grad_inputs, grad_outputs)
+            return
+        _measure(passed, above, came, measured)
+        if _measure(passed, (number, 0), gradient, measured):
+            passed.totals[number] = _largest(grad_outputs)
+    except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+        passed.broken = error
+
+
 def _note_came(
     passed: Passed,
     edge: tuple[int, int],
@@ -461,12 +493,12 @@ def _measure(
         and gradient.numel() <= _SMALL
         and type(gradient) is Tensor
         and gradient.layout is _STRIDED
-        and not torch.is_grad_enabled()
+        and not _is_grad_enabled()
     ):
         # NOTE [No small tensors] Thousands of them, alive until the pass ends, would lie between the
         # large blocks of the heap: malloc could not give those back, and the peak would be higher.
         total: float = abs(_sum(gradient).item())
-        if 0.0 < total < math.inf:
+        if 0.0 < total < _INFINITE:
             # A third of the time of what follows, which is right where numbers cancel too.
             passed.sizes[edge] = total
             return False

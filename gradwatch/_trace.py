@@ -77,6 +77,7 @@ _traces = count()
 _eager = 0
 _stance = ExitStack()
 _log = logging.getLogger("gradwatch")
+_is_grad_enabled, _places = torch.is_grad_enabled, _frames.PLACES
 _NO_KEYWORDS: dict[str, Any] = {}
 _UNTRACKED = Value()
 """Stands for the result of any operation that is not tracked."""
@@ -618,7 +619,7 @@ class Trace(Record):
 
     def _finish_simple(self, func: Any, numbers: list[int], result: Any, frame: Any) -> bool:
         """Note an operation that made one new tensor, with gradients on; return whether it did."""
-        if not isinstance(result, Tensor) or not torch.is_grad_enabled():
+        if not isinstance(result, Tensor) or not _is_grad_enabled():
             return False
         key = id(result)
         entry = self._known.get(key)
@@ -636,7 +637,8 @@ class Trace(Record):
         made = len(brief) // IN_BRIEF
         module = self._running[-1][0] if self._running else ""
         inputs = numbers[0] if len(numbers) == 1 else tuple(numbers)
-        brief += (func, inputs, _frames.here(frame), module, tracked)
+        place = _places.get((id(frame.f_code), frame.f_lasti, False)) or _frames.here(frame)
+        brief += (func, inputs, place, module, tracked)
         if tracked:
             node.metadata[self.tag] = len(self._ops) + made
         entry = self._known[key] = _Entry(result)
