@@ -18,7 +18,7 @@ from types import CodeType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 Step = tuple[CodeType, int]
 """A code object and the instruction that was running."""
@@ -261,44 +261,65 @@ def last_name(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
+def _where(
+    cls: type, holds: Callable[[ast.AST], bool], *, elsewhere: bool, init: bool = True
+) -> list[Statement]:
+    """Return where the methods of a class do something.
+
+    Args:
+        cls: The class.
+        holds: Tells whether a node does it.
+        elsewhere: Whether the rest of the file is looked at where the class does not do it.
+        init: Whether ``__init__`` counts.
+    """
+    file = file_of(cls)
+    module = None if file is None else tree(file)
+    if file is None or module is None:
+        return []
+    own = [
+        node
+        for definition in _classes(module, cls.__qualname__)
+        for method in definition.body
+        if init or getattr(method, "name", "") != "__init__"
+        for node in ast.walk(method)
+        if holds(node)
+    ]
+    return _statements(file, own or [n for n in ast.walk(module) if elsewhere and holds(n)])
+
+
 def freezings(cls: type) -> list[Statement]:
     """Return where the file of a class switches ``requires_grad`` off, its own methods first."""
-    file = file_of(cls)
-    module = None if file is None else tree(file)
-    if file is None or module is None:
-        return []
-    own = [n for c in _classes(module, cls.__qualname__) for n in ast.walk(c) if _freezes(n)]
-    return _statements(file, own or [n for n in ast.walk(module) if _freezes(n)])
-
-
-def assignments(cls: type, name: str) -> list[Statement]:
-    """Return where the methods of a class, but for ``__init__``, assign an attribute of this name."""
-    file = file_of(cls)
-    module = None if file is None else tree(file)
-    if file is None or module is None:
-        return []
-    return _statements(
-        file,
-        [
-            node
-            for definition in _classes(module, cls.__qualname__)
-            for method in definition.body
-            if getattr(method, "name", "") != "__init__"
-            for node in ast.walk(method)
-            if isinstance(node, ast.Assign)
-            and any(isinstance(t, ast.Attribute) and t.attr == name for t in node.targets)
-        ],
-    )
+    return _where(cls, _freezes, elsewhere=True)
 
 
 def clearings(cls: type) -> list[Statement]:
     """Return where the file of a class empties gradients, its own methods first."""
-    file = file_of(cls)
-    module = None if file is None else tree(file)
-    if file is None or module is None:
-        return []
-    own = [n for c in _classes(module, cls.__qualname__) for n in ast.walk(c) if _clears(n)]
-    return _statements(file, own or [n for n in ast.walk(module) if _clears(n)])
+    return _where(cls, _clears, elsewhere=True)
+
+
+def copies(cls: type) -> list[Statement]:
+    """Return where the file of a class calls ``copy.deepcopy``, its own methods first."""
+    return _where(cls, lambda node: _calls(node, "deepcopy"), elsewhere=True)
+
+
+def calls_of(cls: type, name: str) -> list[Statement]:
+    """Return where the methods of a class call a function of this name, also as ``module.name``."""
+    return _where(cls, lambda node: _calls(node, name), elsewhere=False)
+
+
+def assignments(cls: type, name: str) -> list[Statement]:
+    """Return where the methods of a class, but for ``__init__``, assign an attribute of this name."""
+    return _where(cls, lambda node: _assigns(node, name), elsewhere=False, init=False)
+
+
+def _calls(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Call) and called(node) == name
+
+
+def _assigns(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Assign) and any(
+        isinstance(target, ast.Attribute) and target.attr == name for target in node.targets
+    )
 
 
 def _clears(node: ast.AST) -> bool:
@@ -306,34 +327,7 @@ def _clears(node: ast.AST) -> bool:
         grads = [t for t in node.targets if isinstance(t, ast.Attribute) and t.attr == "grad"]
         emptied = node.value if isinstance(node, ast.Assign) else ast.Constant(None)
         return bool(grads) and isinstance(emptied, ast.Constant) and emptied.value is None
-    return isinstance(node, ast.Call) and called(node) == "zero_grad"
-
-
-def copies(cls: type) -> list[Statement]:
-    """Return where the file of a class calls ``copy.deepcopy``."""
-    file = file_of(cls)
-    module = None if file is None else tree(file)
-    if file is None or module is None:
-        return []
-    calls = (node for node in ast.walk(module) if isinstance(node, ast.Call))
-    return _statements(file, [node for node in calls if called(node) == "deepcopy"])
-
-
-def calls_of(cls: type, name: str) -> list[Statement]:
-    """Return where the methods of a class call a function of this name, also as ``module.name``."""
-    file = file_of(cls)
-    module = None if file is None else tree(file)
-    if file is None or module is None:
-        return []
-    return _statements(
-        file,
-        [
-            node
-            for definition in _classes(module, cls.__qualname__)
-            for node in ast.walk(definition)
-            if isinstance(node, ast.Call) and last_name(node.func) == name
-        ],
-    )
+    return _calls(node, "zero_grad")
 
 
 def _freezes(node: ast.AST) -> bool:
