@@ -255,8 +255,9 @@ def test_what_a_node_without_a_hook_hands_on_is_seen_by_the_one_below(name):
 
 def test_a_chain_needs_a_hook_on_every_other_node():
     """Of ten operations in a row five are hooked, which is what makes a traced step cheap."""
-    h = w = nn.Parameter(torch.ones(2))
-    for _ in range(10):
+    w = nn.Parameter(torch.ones(2))
+    h = w * 2
+    for _ in range(9):
         h = h * 2
     calls = []
 
