@@ -186,7 +186,8 @@ class Passed:
             ]
             if len(cancelling) > 1:
                 return Origin(max(cancelling), cancelled=True)
-            if bad(self.totals.get(number, 1.0)) and not any(bad(s) for _, s in edges[number]):
+            above = edges.get(number, [])
+            if above and bad(self.totals.get(number, 1.0)) and not any(bad(s) for _, s in above):
                 return Origin(self.nodes[number].tag, hooked=True)
             for parent, size in edges.get(number, ()):
                 if not bad(size) or parent in seen:
@@ -440,7 +441,8 @@ def _observe(  # noqa: PLR0917 -- called for every node, and keywords cost
 def _is_simple(node: Node, passed: Passed) -> bool:
     """Tell whether a node computes from one value, and perhaps a number, and nothing else is to be seen."""
     children = node.children
-    return children[0] >= 0 and children[1:] in _ALONE and not (node.custom or passed.has_pieces)
+    alone = len(children) > 0 and children[0] >= 0 and children[1:] in _ALONE
+    return alone and not (node.custom or passed.has_pieces)
 
 
 def _observe_both(  # noqa: PLR0917 -- as above

@@ -405,10 +405,8 @@ class _Marked:
 
     def _stored(self, key: Key) -> Shape:
         keys = (key, (*key[:2], "any")) if key[0] == "attribute" else (key,)
-        empty = NOWHERE
-        return frozenset().union(
-            *(marks.data.get(k, empty) for marks in (self._own, self._shared) for k in keys)
-        )
+        sets = (self._own, self._shared)
+        return NOWHERE.union(*(marks.data.get(k, NOWHERE) for marks in sets for k in keys))
 
     def _carries(self, name: str) -> bool:
         """Tell whether a name is that of a function defined here whose text reads what is marked."""

@@ -23,6 +23,7 @@ from gradwatch.report import Diagnosis, Site, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import TracebackType
 
     from torch import nn
 
@@ -459,23 +460,25 @@ def _raising(kind: str) -> _Find:
     return find
 
 
-def _local(error: Exception, name: str) -> Tensor | None:
-    """Return a tensor that a local variable held in the frame that raised."""
+def _innermost(error: Exception) -> TracebackType | None:
+    """Return the last entry of a traceback: where the error was raised."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
-    held = None if traceback is None else traceback.tb_frame.f_locals.get(name)
+    return traceback
+
+
+def _local(error: Exception, name: str) -> Tensor | None:
+    """Return a tensor that a local variable held in the frame that raised."""
+    raised = _innermost(error)
+    held = None if raised is None else raised.tb_frame.f_locals.get(name)
     return held if isinstance(held, Tensor) else None
 
 
 def _line_of(error: Exception) -> tuple[str, int] | None:
     """Return file and line at which an error was raised."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    if traceback is None:
-        return None
-    return traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
+    raised = _innermost(error)
+    return None if raised is None else (raised.tb_frame.f_code.co_filename, raised.tb_lineno)
 
 
 def _line(place: _frames.Place | None) -> tuple[str, int] | None:
