@@ -505,17 +505,8 @@ class Inspection(BackwardListener):
         place = self.trace.registrations.get(id(held))
         if place is not None:
             return Finding(Cause.REPLACED, _frames.site_of(place), "torch.nn.Parameter")
-        classes = {type(module) for module in self._modules.values()}
-        found = {
-            statement
-            for cls in classes
-            if not cls.__module__.startswith("torch.")
-            for statement in assignments(cls, name.rpartition(".")[2])
-        }
-        if len(found) != 1:
-            return Finding(Cause.REPLACED)
-        (statement,) = found
-        return Finding(Cause.REPLACED, Site(statement.file, statement.line, source=statement.text))
+        short = name.rpartition(".")[2]
+        return Finding(Cause.REPLACED, self._only(lambda cls: assignments(cls, short)))
 
     def _stands_in(self, number: int, users: list[Op], parameter: Tensor) -> bool:
         """Tell whether a leaf of the same shape is a stand-in, and not just another model's."""
