@@ -78,6 +78,8 @@ _eager = 0
 _stance = ExitStack()
 _log = logging.getLogger("gradwatch")
 _is_grad_enabled, _places = torch.is_grad_enabled, _frames.PLACES
+_CROWD = 16
+"""Tensors over one memory from which on those that died are let go."""
 _NO_KEYWORDS: dict[str, Any] = {}
 _UNTRACKED = Value()
 """Stands for the result of any operation that is not tracked."""
@@ -400,6 +402,10 @@ class Trace(Record):
         """Note that a tensor lies over some memory; those before it that died do not any more."""
         sharing = self._storages.get(memory)
         if isinstance(sharing, dict):
+            if len(sharing) > _CROWD:
+                self._storages[memory] = sharing = {
+                    k: e for k, e in sharing.items() if e() is not None
+                }
             sharing.pop(key, None)
             sharing[key] = entry
         else:

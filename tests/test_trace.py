@@ -362,3 +362,19 @@ def test_views_that_torch_has_given_up_break_no_trace(program, caplog):
     (diagnosis,) = sick.report.diagnoses
     assert (diagnosis.cause, diagnosis.parameters) == (Cause.DETACHED, ("cut.weight", "cut.bias"))
     assert diagnosis.site.source.strip().endswith("# <- here")
+
+
+def test_tensors_over_one_memory_are_let_go_when_they_died():
+    """Views that come and go over one tensor do not pile up in a trace."""
+    h = torch.ones(100)
+    trace = Trace({}, {})
+    trace.start()
+    views = [h[i] for i in range(100)]
+    with trace.paused():
+        several = len(trace._sharing(h))
+    del views
+    last = h[0]
+    trace.leave()
+
+    assert (several, len(trace._sharing(last))) == (101, 2)
+    trace.stop()
