@@ -146,6 +146,11 @@ class Ledger:
         return tuple(self._made)
 
     @property
+    def is_open(self) -> bool:
+        """Whether a diagnosis holds for any parameter."""
+        return bool(self._open)
+
+    @property
     def holding(self) -> tuple[Diagnosis, ...]:
         return tuple(d for d in self._made if d.healed_at is None)
 

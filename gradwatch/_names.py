@@ -168,6 +168,7 @@ class Owners:
             for mine in owned
         ]
         self._everyone = tuple(names.parameters)
+        self._chosen = [*map(frozenset, self._covered), frozenset(self._everyone)]
         shapes = {shape_of(names.parameters[name]) for name in self.orphans}
         self.strangers = sum(
             id(p) not in by_id and p.requires_grad and shape_of(p) in shapes
@@ -187,11 +188,11 @@ class Owners:
 
     def holds(self, optimizer: Any) -> bool:
         """Tell whether an optimizer is one of these."""
-        return any(known is optimizer for known in self._optimizers)
+        return self._place(optimizer) is not None
 
     def position(self, optimizer: Any) -> int:
         """Return the optimizer's place among the others, 0 for one that is not known."""
-        return next((i for i, known in enumerate(self._optimizers) if known is optimizer), 0)
+        return self._place(optimizer) or 0
 
     def owned(self, optimizer: Any) -> tuple[str, ...]:
         """Return the parameters that an optimizer holds."""
@@ -200,7 +201,13 @@ class Owners:
 
     def covered(self, optimizer: Any) -> tuple[str, ...]:
         """Return the parameters that a step speaks of: the optimizer's own, and those in none."""
-        for known, names in zip(self._optimizers, self._covered, strict=True):
-            if known is optimizer:
-                return names
-        return self._everyone
+        place = self._place(optimizer)
+        return self._everyone if place is None else self._covered[place]
+
+    def chosen(self, optimizer: Any) -> frozenset[str]:
+        """Return the same as a set, which is joined and compared without a look at each name."""
+        place = self._place(optimizer)
+        return self._chosen[-1 if place is None else place]
+
+    def _place(self, optimizer: Any) -> int | None:
+        return next((i for i, known in enumerate(self._optimizers) if known is optimizer), None)

@@ -27,7 +27,7 @@ from gradwatch._record import version_of, versions_of
 from gradwatch.report import GradStats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 _HALVES = {torch.float16, torch.bfloat16}
 _DOUBLES = {torch.float64, torch.complex128}
@@ -52,6 +52,8 @@ class Sensor:
         self._parameters = tuple(parameters.values())
         self._each = each
         self._everyone = frozenset(range(len(self.names)))
+        self._pattern = _Pattern((), self._everyone, (), ())
+        """Who held a gradient when that was last told, which is the same in nearly every step."""
         self._arrived: frozenset[int] = frozenset()
         self._latest: frozenset[int] = frozenset()
         self._sure: frozenset[int] = frozenset()
@@ -62,26 +64,25 @@ class Sensor:
         """What was there when the first one of this step began."""
         self._is_over = False
         """Whether that pass is over: where nothing was held, looking can wait until somebody asks."""
-        self._pattern: tuple[list[bool], frozenset[int]] = ([], frozenset())
         self._clears = False
         """Whether the user's loop leaves no gradient behind at the end of a step."""
 
     @property
     def arrived(self) -> frozenset[str]:
         """Names of those that were given a gradient since ``restart()``."""
-        self._look(self._gradients())
+        self._look()
         return frozenset(self.names[position] for position in self._arrived)
 
     @property
     def latest(self) -> frozenset[str]:
         """Names of those that the last backward pass gave a gradient to."""
-        self._look(self._gradients())
+        self._look()
         return frozenset(self.names[position] for position in self._latest)
 
     @property
     def is_complete(self) -> bool:
         """Whether the last backward pass gave a gradient to every parameter."""
-        self._look(self._gradients())
+        self._look()
         return len(self._latest) == len(self.names)
 
     def watches(self, parameters: Mapping[str, Tensor]) -> bool:
@@ -95,6 +96,7 @@ class Sensor:
         self.names = (*self.names, *parameters)
         self._parameters = (*self._parameters, *parameters.values())
         self._everyone = frozenset(range(len(self.names)))
+        self._pattern = _Pattern((), self._everyone, (), ())
 
     def before(self) -> None:
         """Note what is there when a backward pass begins."""
@@ -102,19 +104,18 @@ class Sensor:
             # The step before left nothing; what came in between is applied with this step's.
             self._held = self._first = _NOTHING
             return
-        gradients = self._gradients()
-        self._look(gradients)
+        self._look()
         if len(self._arrived) == len(self.names) and not self._each:
             self._held = None  # nothing is left to be found out
             return
-        self._held = _Held.of(gradients)
+        self._held = _Held.of(self._gradients())
         self._first = self._first or self._held
 
     def after(self) -> None:
         """Add the parameters to which the pass gave a gradient to those of this step."""
         self._is_over = self._held is not None
         if self._held is not None and self._held.refs:
-            self._look(self._gradients())
+            self._look()
 
     def judged(self, names: Collection[str], *, again: bool) -> None:
         """Begin a new step for the parameters of one optimizer, with gradients as they are now.
@@ -136,27 +137,28 @@ class Sensor:
 
         Another object in ``.grad`` has come since; a higher version may be what ``zero_grad`` did.
         """
-        gradients = self._gradients()
-        self._is_over = self._held is not None
-        self._look(gradients)
+        self._clears = all(self._nones())
+        if self._clears:
+            self._latest = frozenset()
+        else:
+            self._is_over = self._held is not None
+            self._look()
         chosen = self._positions(names)
         if chosen is self._everyone:
             self._arrived = self._sure
         else:
             self._arrived = (self._arrived - chosen) | (self._sure & chosen)
         self._held, self._is_over, self._first = None, False, None
-        self._clears = False not in _nones(gradients)
 
     def missing(self) -> list[str]:
         """Return the names of those that want a gradient and have none of this step."""
-        gradients = self._gradients()
-        self._look(gradients)
-        nones = _nones(gradients)
-        absent = list(compress(self.names, nones)) if True in nones else []
-        if absent:
-            absent = list(compress(absent, map(_wants, compress(self._parameters, nones))))
-        there = self._present(nones)
-        stale = () if self._has_arrived(there) else sorted(there - self._arrived)
+        there = self._present()
+        self._look(there)
+        absent: list[str] = []
+        if any(map(_wants, there.absent)):
+            absent = list(compress(there.names, map(_wants, there.absent)))
+        positions = there.positions
+        stale = () if self._has_arrived(positions) else sorted(positions - self._arrived)
         old = {
             self.names[i] for i in stale if self._is_old(i) and self._parameters[i].requires_grad
         }
@@ -184,16 +186,29 @@ class Sensor:
     def _gradients(self) -> list[Tensor | None]:
         return list(map(_grad, self._parameters))
 
-    def _look(self, gradients: Sequence[Tensor | None]) -> None:
+    def _nones(self) -> Iterator[bool]:
+        """Tell which gradients are None.
+
+        NOTE [No list] A list as long as the model costs more than what it would hold: right after
+        ``zero_grad`` has freed as many small blocks, malloc puts all of them together before it makes one.
+        """
+        return map(is_, map(_grad, self._parameters), repeat(None))
+
+    def _look(self, present: _Pattern | None = None) -> None:
         """Take in what the last backward pass did, unless that was done."""
-        if self._held is not None and self._is_over:
-            present = self._present(_nones(gradients))
-            held = self._held
-            replaced = present & held.replaced(gradients) if held.refs else present
-            self._latest = replaced | (present & held.moved(gradients)) if held.refs else replaced
-            self._arrived = self._joined(self._arrived, self._latest)
-            self._sure = self._joined(self._sure, replaced)
-            self._held, self._is_over = None, False
+        held = self._held
+        if held is None or not self._is_over:
+            return
+        there = (present or self._present()).positions
+        replaced = there
+        self._latest = there
+        if held.refs:
+            gradients = self._gradients()
+            replaced = there & held.replaced(gradients)
+            self._latest = replaced | (there & held.moved(gradients))
+        self._arrived = self._joined(self._arrived, self._latest)
+        self._sure = self._joined(self._sure, replaced)
+        self._held, self._is_over = None, False
 
     # A set of a thousand costs more to join or to compare than all gradients to look at, and nearly always
     # it is the set of everyone, or empty.
@@ -206,13 +221,22 @@ class Sensor:
     def _has_arrived(self, positions: frozenset[int]) -> bool:
         return positions is self._arrived or positions <= self._arrived
 
-    def _present(self, nones: list[bool]) -> frozenset[int]:
-        """Return the positions that hold a gradient: the same ones in nearly every step."""
-        if True not in nones:
-            return self._everyone
-        if nones != self._pattern[0]:
-            self._pattern = (nones, frozenset(compress(self._everyone, map(not_, nones))))
-        return self._pattern[1]
+    def _present(self) -> _Pattern:
+        """Tell who holds a gradient: the same ones in nearly every step."""
+        known = self._pattern.nones
+        if all(map(is_, self._nones(), known)) if known else not any(self._nones()):
+            return self._pattern
+        nones = tuple(self._nones())
+        everyone = True not in nones
+        self._pattern = _Pattern(
+            () if everyone else nones,
+            self._everyone
+            if everyone
+            else frozenset(compress(range(len(nones)), map(not_, nones))),
+            tuple(compress(self.names, nones)),
+            tuple(compress(self._parameters, nones)),
+        )
+        return self._pattern
 
     def _is_old(self, position: int) -> bool:
         """Tell whether a gradient is one that was there before, and not one assigned by hand."""
@@ -221,6 +245,16 @@ class Sensor:
             return True
         known = position < len(first.refs)
         return known and first.refs[position]() is self._parameters[position].grad
+
+
+class _Pattern(NamedTuple):
+    """Which parameters hold a gradient, and which do not."""
+
+    nones: tuple[bool, ...]
+    """Whether there is none, for each parameter; empty where all hold one."""
+    positions: frozenset[int]
+    names: tuple[str, ...]
+    absent: tuple[Tensor, ...]
 
 
 class _Held(NamedTuple):

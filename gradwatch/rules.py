@@ -228,6 +228,11 @@ class Judge:
         """For each parameter without a gradient, for how many of its steps in a row by now."""
         return self._streaks
 
+    @property
+    def counts(self) -> bool:
+        """Whether a step in which every gradient arrived would matter, without a measurement."""
+        return bool(self._streaks or self._contract)
+
     def unmatched(self) -> list[str]:
         """Return the globs of the contract and the rules that match none of the known names."""
         entries: list[ContractEntry | Rule] = list(self._contract)

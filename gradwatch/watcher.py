@@ -221,7 +221,7 @@ class Watcher:
         """Names of those whose gradients an optimizer takes away within backward."""
         self._held: tuple[Report, Any] | None = None
         self._stepped = False
-        self._written: set[str] = set()
+        self._written: frozenset[str] = frozenset()
         self._last: tuple[int, int] | None = None
         self._terms: dict[str, tuple[str, ...]] = {}
         self._dead_terms: dict[str, str] = {}
@@ -519,7 +519,7 @@ class Watcher:
         if self._stepped:  # outside of a batch, whose end is now
             self._finish_batch()
         self._cost.begin_batch()
-        self._written = set()
+        self._written = frozenset()
         if self._inspection is None and self._wanted and self._traces < MAX_TRACES:
             self._look_at_model()
             if self._compiled and not self._traces:
@@ -628,11 +628,12 @@ class Watcher:
                 return
             self._steps = step
         report = self._judged(covered, optimizer)
+        chosen = self._owners.chosen(optimizer)
         if seen:
             self._sensor.restart(covered)
         else:
-            self._sensor.judged(covered, again=not self._written.isdisjoint(covered))
-        self._written.update(covered)
+            self._sensor.judged(covered, again=not self._written.isdisjoint(chosen))
+        self._written = self._written | chosen if self._written else chosen
         self._steps += 1
         self._stepped = True
         if report is not None:
@@ -786,9 +787,24 @@ class Watcher:
 
     def _judged(self, covered: tuple[str, ...], optimizer: Any) -> Report | None:
         """Return the report of a step, None where there is nothing to say."""
+        if self._is_quiet() and not self._sensor.missing():
+            return None
         # What is computed here is no part of the user's program.
         with nullcontext() if self._inspection is None else self._inspection.trace.paused():
             return self._judged_aside(covered, optimizer)
+
+    def _is_quiet(self) -> bool:
+        """Tell whether nothing is left to be said, counted or ended, should every gradient be there."""
+        assert self._judge is not None  # noqa: S101 -- checked by the caller
+        return not (
+            self._is_logged
+            or self._inspection is not None
+            or self._group is not None
+            or self._hunt
+            or self._judge.counts
+            or self._ledger.is_open
+            or (self._owners.known and not self._ledger.knows_orphans)
+        )
 
     def _judged_aside(self, covered: tuple[str, ...], optimizer: Any) -> Report | None:
         logged = self._is_logged
