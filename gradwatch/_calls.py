@@ -67,7 +67,7 @@ class Kind(Enum):
     SET_MODE = auto()
     """Switches gradient mode."""
     SET_FLAG = auto()
-    """Assigns ``requires_grad``."""
+    """Assigns ``requires_grad``, or asks for ``.grad`` to be kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ _BY_NAME = (
     | _words("tensor new_tensor", Kind.COPY_VALUES)
     | _words("as_tensor asarray", Kind.CONVERT)
     | _words("_set_grad_enabled", Kind.SET_MODE)
-    | _words("requires_grad_", Kind.SET_FLAG)
+    | _words("requires_grad_ retain_grad", Kind.SET_FLAG)
     | _words("register_hook", Kind.HOOK)
     | _words(
         "item tolist numpy __float__ __int__ __index__ __bool__ __complex__ __array__ __contains__ "
@@ -116,7 +116,7 @@ _BY_NAME = (
         Kind.SHAPE_ONLY,
     )
     | _words(
-        "__repr__ __str__ __len__ __hash__ __reduce_ex__ retain_grad "
+        "__repr__ __str__ __len__ __hash__ __reduce_ex__ "
         "register_post_accumulate_grad_hook dim size numel stride is_contiguous is_floating_point "
         "is_complex",
         Kind.IGNORED,

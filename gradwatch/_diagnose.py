@@ -30,7 +30,7 @@ from gradwatch._source import (
     derived_attributes,
     wrapping,
 )
-from gradwatch._stats import Sensor
+from gradwatch._stats import Sensor, is_lazy
 from gradwatch._trace import BackwardListener, Trace
 from gradwatch.report import Cause, Diagnosis, Severity, Site, Status
 
@@ -310,7 +310,8 @@ class Inspection(BackwardListener):
             ]
             site = self._that_leads_to(name, asked)
             return None if site is None else self._asked_others(site, "torch.Tensor.backward")
-        site = self._that_leads_to(name, self.trace.backwards)
+        # Of several calls the last one is the step's own; those before it made a part of its loss.
+        site = self._that_leads_to(name, self.trace.backwards[::-1])
         notes = (_words.GRAD_FILLS_NOTHING,)
         return None if site is None else self._asked_others(site, "torch.autograd.grad", notes)
 
@@ -491,8 +492,29 @@ class Inspection(BackwardListener):
                 is_copy = value.producer is None and self._equals(number, self.parameters[name])
                 copied = self._only(copies) if is_copy else None
                 if copied is not None:
-                    return Finding(Cause.REPLACED, copied, Wrapper.DEEPCOPY.public_name)
+                    return Finding(Cause.REPLACED, copied, _DEEPCOPY)
                 return self._at(Cause.REPLACED, users[0])
+        copied = self._copied(name)
+        return None if copied is None else Finding(Cause.REPLACED, copied, _DEEPCOPY)
+
+    def _copied(self, name: str) -> Site | None:
+        """Return where a module that did not run was copied to one that did: it still has the same weights."""
+        path = self._whole_module_that_did_not_run(name.rpartition(".")[0])
+        module = self._modules.get(path)
+        if module is None or path in self.trace.modules_run:
+            return None
+        mine = dict(module.named_parameters())
+        for other, twin in self._modules.items():
+            if other not in self.trace.modules_run or type(twin) is not type(module):
+                continue
+            theirs = dict(twin.named_parameters())
+            if (
+                mine.keys() == theirs.keys()
+                and all(map(_are_equal, mine.values(), theirs.values()))
+                and any(p.numel() and bool((p != p.flatten()[0]).any()) for p in mine.values())
+            ):
+                into = set(other.split("."))
+                return self._only(lambda cls: [s for s in copies(cls) if s.attribute in into])  # noqa: B023
         return None
 
     def _taken_out(self, name: str) -> Finding | None:
@@ -595,7 +617,21 @@ class Inspection(BackwardListener):
         if op.kind is Kind.LINK and op.place is None and (reader := self._first_reader(op)):
             # It ran out of sight, in TorchScript or a transform: its result was used first there.
             return Finding(cause, _frames.site_of(reader.place, reader.module))
-        return Finding(cause, _frames.site_of(op.place, op.module), op.name)
+        site = _frames.site_of(op.place, op.module)
+        switched = None if op.grad_mode else _frames.site_of(self.trace.switch_before(op))
+        notes: tuple[str, ...] = ()
+        if cause is Cause.NO_GRAD and site and switched and switched.line != site.line:
+            notes = (_words.switched_off(switched),)
+        return Finding(cause, site, op.name, notes)
+
+
+_DEEPCOPY = Wrapper.DEEPCOPY.public_name
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    if is_lazy(one) or is_lazy(other) or one.device != other.device:
+        return False
+    return label_of(one) == label_of(other) and torch.equal(one, other)
 
 
 def _marks(leaving: Op) -> Marks:

@@ -181,7 +181,8 @@ class _Follower:
                     leaves = self._exit_behind(op, name, reach) if outside else None
                     flow.cuts.setdefault(name, []).append(Cut(op, distance, leaves))
         for cuts in flow.cuts.values():
-            cuts.sort(key=lambda cut: (cut.distance, cut.op.index))
+            # What a gradient hands on is of the second order: the value's own path is to be mended first.
+            cuts.sort(key=lambda cut: (cut.op.kind is Kind.GRAD, cut.distance, cut.op.index))
 
     def _exit_behind(self, cut: Op, name: str, reach: list[int]) -> Op | None:
         """Return the first operation from ``cut`` on that hands the parameter's value to Python."""

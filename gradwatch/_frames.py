@@ -209,6 +209,17 @@ def switcher(frame: FrameType | None) -> FrameType | None:
     return frame
 
 
+def switched_by(frame: FrameType | None) -> Place | None:
+    """Return where a gradient mode was switched: a ``with``, a call, or the decorator of a function."""
+    frame = switcher(frame)
+    if frame is not None and frame.f_code.co_filename.endswith("_contextlib.py"):
+        # Private: how torch calls the function that one of its modes decorates.
+        code = getattr(frame.f_locals.get("func"), "__code__", None)
+        if code is not None and owner(code) is Owner.USER:
+            return Place(code, 0)
+    return here(frame)
+
+
 def is_distribution(code: CodeType) -> bool:
     """Tell whether the code belongs to ``torch.distributions``."""
     known = _IN_DISTRIBUTIONS.get(id(code))

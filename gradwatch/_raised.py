@@ -9,7 +9,9 @@ unknown one gets no note.
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from gradwatch import _frames, _source, _words, explain
 from gradwatch._calls import Kind, Wrapper
-from gradwatch._record import node_of
+from gradwatch._record import held_by, node_of
 from gradwatch.report import Diagnosis, Site, Status
 
 if TYPE_CHECKING:
@@ -62,6 +64,32 @@ class _Raised:
             if at == failed.place[:2]:
                 return failed
             traceback = traceback.tb_next
+        return None
+
+    def callers_of(self, place: _frames.Place | None) -> list[_frames.Place]:
+        """Return the calls that chose what an expression was given, the outermost first."""
+        stack: list[_frames.Place] = []
+        traceback = self.error.__traceback__
+        while traceback is not None:
+            if _frames.owner(traceback.tb_frame.f_code) is _frames.Owner.USER:
+                stack.append(_frames.Place(traceback.tb_frame.f_code, traceback.tb_lasti))
+            traceback = traceback.tb_next
+        while stack and place is not None and stack[-1][:2] != place[:2]:
+            stack.pop()
+        found: list[_frames.Place] = []
+        while len(stack) > 1 and _source.is_of_arguments(stack.pop()[:2]):
+            found.insert(0, stack[-1])
+        return found
+
+    def kept(self) -> tuple[str | None, str] | None:
+        """Return where a tensor of an earlier pass, which this one has read, was kept, and its name there."""
+        trace = self.trace
+        for op in trace.ops:
+            if op.kind is Kind.LINK and op.place is None:
+                readers = (o for o in trace.ops[op.index :] if set(op.outputs) & set(o.inputs))
+                kept = _kept_in(self.model, trace, op, next(readers, None))
+                if kept is not None:
+                    return kept
         return None
 
     def maker_of(self, number: int) -> Op | None:
@@ -120,7 +148,7 @@ def _note(
 def _kept_anywhere(model: nn.Module) -> tuple[str, str] | None:
     """Return the statement that keeps a tensor with a history on a module, and the name it has there."""
     for path, module in model.named_modules():
-        for name, value in vars(module).items():
+        for name, value in held_by(module):
             items = value if isinstance(value, (list, tuple)) else [value]
             if any(isinstance(item, Tensor) and node_of(item) is not None for item in items):
                 statements = _source.keepings(type(module), name)
@@ -163,16 +191,10 @@ def _first_freezing(model: nn.Module) -> str | None:
 
 def _twice(raised: _Raised) -> str | None:
     """Explain a graph that an earlier backward pass has freed."""
-    trace = raised.trace
-    for op in trace.ops:
-        if op.kind is Kind.LINK and op.place is None:
-            reader = next(
-                (o for o in trace.ops[op.index :] if set(op.outputs) & set(o.inputs)), None
-            )
-            kept = _kept_in(raised.model, trace, op, reader)
-            if kept is not None:
-                return _words.error_note("kept", *kept)
-    places = [_at(backward.place) for backward in trace.backwards]
+    kept = raised.kept()
+    if kept is not None:
+        return _words.error_note("kept", *kept)
+    places = [_at(backward.place) for backward in raised.trace.backwards]
     if len(places) > 1:
         return _words.error_note("twice", f"{places[-2]} (the earlier one)\n  --> {places[-1]}")
     return _words.error_note("twice", places[-1]) if places else None
@@ -184,18 +206,31 @@ def _kept_in(
     """Return the statement that keeps a tensor of an earlier pass, and the name it has there."""
     known = trace.foreign.get(op.index)
     tensor = None if known is None else known()
+    made = _frames.site_of(trace.outlived.get(op.index))
+    read = None if reader is None else reader.place
+    keeper = trace.keepers.get(op.index)
     for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if tensor is not None and _holds(value, tensor):
+        for name, value in held_by(module):
+            if (path, name) == keeper or (tensor is not None and _holds(value, tensor)):
                 statements = _source.keepings(type(module), name)
                 if statements:
-                    return _statement(
-                        statements[0]
-                    ), f" (`{path}.{name}`)" if path else f" (`{name}`)"
-    if reader is None or reader.place is None:
-        return None
-    statements = _source.stores(reader.place[:2])
-    return (_statement(statements[0]) if statements else _at(reader.place)), ""
+                    full = f"{path}.{name}" if path else name
+                    return _story(statements, made, read), f" (`{full}`)"
+    statements = [] if read is None else _source.stores(read[:2])
+    return (_story(statements, made, read), "") if statements or made or read else None
+
+
+def _story(
+    statements: list[_source.Statement], made: Site | None, read: _frames.Place | None
+) -> str | None:
+    """Return where a tensor was kept, where it was made, and where it is used again: what is known of it."""
+    same = [s for s in statements if made is not None and s.line == made.line]
+    kept = next((_statement(s) for s in same or statements), None)
+    came = None if made is None or same else f"{_words.place(made)} (made here)"
+    used = _at(read)
+    if used in {None, kept, None if made is None else _words.place(made)}:
+        return _both(kept, came)
+    return _both(_both(kept, came), f"{used} (used again)")
 
 
 def _holds(value: Any, tensor: Any) -> bool:
@@ -231,11 +266,13 @@ def _overwritten(raised: _Raised) -> str | None:
     if found is None:
         return None
     shape = tuple(int(size) for size in found[1].split(",") if size.strip())
-    later = [w for w in trace.writes if w.version > int(found[4])]
-    write = _culprit(later, shape, found[2], raised)
+    first = int(found[4]) + 1
+    later = [w for w in trace.writes if w.version >= first]
+    write, is_result = _culprit(later, shape, found[2], first, raised)
     if write is not None:
         # A view that was made anew says nothing of what the user wrote.
-        maker = None if _stem(found[2] or "") == "AsStrided" else found[2]
+        named = is_result and _stem(found[2] or "") != "AsStrided"
+        maker = found[2] if named else None
         kind = "overwritten" if maker is None else "overwritten_result"
         return _words.overwritten(kind, _at(write.place), write.operation, maker)
     for op in trace.ops:
@@ -247,30 +284,69 @@ def _overwritten(raised: _Raised) -> str | None:
             return _words.error_note("renormed", _at(op.place))
     if trace.steps:
         return _words.error_note("optimizer_stepped", _at(trace.steps[-1][0]), found[2])
-    return None
+    kept = raised.kept()
+    return None if kept is None else _words.error_note("outlived", *kept)
 
 
 def _culprit(
-    writes: list[Write], shape: tuple[int, ...], node: str | None, raised: _Raised
-) -> Write | None:
-    """Return the write that an error speaks of: by the node and the shape it names, as far as both help.
+    writes: list[Write], shape: tuple[int, ...], node: str | None, first: int, raised: _Raised
+) -> tuple[Write | None, bool]:
+    """Return the write that an error speaks of, and whether the node it names is what was overwritten.
 
-    Views share a version, not a shape; the weight of a linear layer is saved transposed.
+    Views share a version, not a shape; the weight of a linear layer is saved transposed. A result is named
+    after what made it, an argument after the last write into it.
+
+    Args:
+        writes: Those that came after the tensor was saved, as far as their versions tell.
+        shape: Its shape.
+        node: The name of its node, as torch shortens it; None for a leaf.
+        first: The version after the first write that can be meant.
+        raised: The error.
     """
+    values = raised.trace.values
     passed = (each for one in raised.inspection.passes for each in one.nodes)
     tags = {each.tag for each in passed if _is_named(node, each.name)}
-    by_node = [
+    overwritten = [
         w
         for w in writes
         if any(_is_named(node, other) for _, other in w.targets)
-        or any(raised.trace.values[number].producer in tags for number in w.before)
+        or any(values[number].producer in tags for number in w.before)
     ]
-    same = [w for w in writes if any(shape == other for other, _ in w.targets)]
-    turned = [w for w in writes if sorted(shape) in [sorted(other) for other, _ in w.targets]]
-    for group in ([w for w in by_node if w in same], by_node, same, turned):
-        if group:
-            return group[0]
-    return None if node is not None and "AccumulateGrad" in node else next(iter(writes), None)
+    last = [w for w in writes if any(values[number].producer in tags for number in w.made)]
+    named = overwritten or _with_earlier(last, writes)
+    shaped = next(
+        (
+            found
+            for same in (tuple, sorted, math.prod)
+            if (found := [w for w in writes if any(same(shape) == same(s) for s, _ in w.targets)])
+        ),
+        [],
+    )
+    if not named and not shaped and node is not None and "AccumulateGrad" in node:
+        return None, False
+    likely = writes
+    for meant in (
+        [w for w in writes if (node is None) != any(values[n].tracked for n in w.made)],
+        named,
+        shaped,
+        [w for w in writes if w.version == first],
+    ):
+        likely = [w for w in likely if w in meant] or likely
+    write = next(iter(likely), None)
+    return write, write in overwritten
+
+
+def _with_earlier(some: list[Write], writes: list[Write]) -> list[Write]:
+    """Return some writes with those into the same tensors before them."""
+    by_value = {number: write for write in writes for number in write.made}
+    found: list[Write] = []
+    todo = list(some)
+    while todo:
+        write = todo.pop()
+        if write not in found:
+            found.append(write)
+            todo += [by_value[number] for number in write.before if number in by_value]
+    return found
 
 
 def _is_named(node: str | None, other: str | None) -> bool:
@@ -279,7 +355,7 @@ def _is_named(node: str | None, other: str | None) -> bool:
 
 
 def _stem(node: str) -> str:
-    return re.sub(r"Backward\d*$", "", node)
+    return re.sub(r"(?:Backward)?0?$", "", re.sub(r"Backward(?=[1-9]\d*$)", "", node))
 
 
 def _view_without_history(raised: _Raised) -> str | None:
@@ -350,10 +426,42 @@ def _loss_made_by(kind: str) -> _Find:
             for root in backward.roots:
                 maker = raised.maker_of(root)
                 if maker is not None:
-                    return _words.error_note(kind, _both(_at(maker.place), _at(backward.place)))
+                    shaped = _at(_behind_elementwise(maker, raised).place)
+                    made = _both(shaped, _at(maker.place))
+                    return _words.error_note(kind, _both(made, _at(backward.place)))
         return _failing(kind)(raised)
 
     return find
+
+
+_ELEMENTWISE = frozenset(
+    [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "true_divide",
+        "truediv",
+        "neg",
+        "clone",
+        "contiguous",
+        "to",
+        "float",
+        "double",
+        "half",
+    ]
+)
+
+
+def _behind_elementwise(op: Op, raised: _Raised) -> Op:
+    """Return the operation that gave a loss its shape: what scales one, or adds a constant, did not."""
+    while op.name.rpartition(".")[2].strip("_") in _ELEMENTWISE:
+        tracked = [n for n in op.inputs if raised.trace.values[n].tracked]
+        before = raised.maker_of(tracked[0]) if len(tracked) == 1 else None
+        if before is None:
+            break
+        op = before
+    return op
 
 
 def _not_in_graph(raised: _Raised) -> str | None:
@@ -363,10 +471,18 @@ def _not_in_graph(raised: _Raised) -> str | None:
     if note is None or not trace.backwards:
         return note
     asked = trace.backwards[-1]
+    makers = [raised.maker_of(number) for number in asked.wanted]
+    values = trace.values
+    makers = [m for m in makers if m is not None and any(values[n].tracked for n in m.inputs)]
     for cut in raised.inspection.cuts_between(asked.wanted, asked.roots):
         if cut.site is not None:
             both = _both(_words.place(cut.site), _at(asked.place))
             return _words.error_note("cut_before", both, cut.operation or str(cut.cause))
+    for made in makers:
+        if made is not None and made.kind is Kind.PLAIN and made.place is not None:
+            # A copy that was made after the output: what the user asks for is not what went into it.
+            both = _both(f"{_at(made.place)} (made here)", _at(asked.place))
+            return _words.error_note("not_in_graph", both)
     return note
 
 
@@ -384,6 +500,8 @@ def _inference(raised: _Raised) -> str | None:
     """Explain a tensor of inference mode by the operation that made it."""
     failed = raised.failed
     made = raised.maker_of(failed.read[0]) if failed is not None and failed.read else None
+    while made is not None and made.grad_mode and made.inputs:
+        made = raised.maker_of(made.inputs[0])  # a view of it that was made outside
     if failed is None or made is None or made.grad_mode:
         return _failing("inference")(raised)
     return _words.error_note(
@@ -439,7 +557,8 @@ def _failing(kind: str) -> _Find:
         failed = raised.failed
         if failed is None or failed.place is None:
             return None
-        return _words.error_note(kind, _at(failed.place))
+        places = [*raised.callers_of(failed.place), failed.place]
+        return _words.error_note(kind, functools.reduce(_both, map(_at, places)))
 
     return find
 
@@ -486,6 +605,17 @@ def _line(place: _frames.Place | None) -> tuple[str, int] | None:
     return None if place is None or site is None else (place.code.co_filename, site.line)
 
 
+def _nothing_to_retain(raised: _Raised) -> str | None:
+    """Explain ``retain_grad`` on a tensor without a history by the operation that made it."""
+    failed = raised.failed
+    if failed is None or not failed.read:
+        return _raising("nothing_to_retain")(raised)
+    made = raised.maker_of(failed.read[0])
+    places = [*raised.callers_of(failed.place), failed.place]
+    given = functools.reduce(_both, map(_at, places))
+    return _words.error_note("nothing_to_retain", _both(_at(made.place) if made else None, given))
+
+
 def _both(first: str | None, second: str | None) -> str | None:
     """Return two places of a note, the root first; one where they are the same, or one is not known."""
     if first is None or second is None or first == second:
@@ -499,7 +629,9 @@ def _statement(statement: _source.Statement) -> str:
 
 def _at(place: _frames.Place | None) -> str | None:
     site = _frames.site_of(place)
-    return None if site is None else _words.place(site)
+    if site is None:
+        return None
+    return _both(_words.place(site.caller) if site.caller else None, _words.place(site))
 
 
 _KINDS: tuple[tuple[str, _Find], ...] = (
@@ -519,6 +651,8 @@ _KINDS: tuple[tuple[str, _Find], ...] = (
     ("no autograd formula was registered", _without_formula),
     ("view was created in no_grad mode and is being modified inplace", _view_without_history),
     ("is being modified inplace", _failing("view_in_place")),
+    ("arguments don't support automatic differentiation", _failing("out_argument")),
+    ("can't retain_grad on Tensor", _nothing_to_retain),
     ("Can't call numpy() on Tensor that requires grad", _failing("numpy")),
     ("nly Tensors of floating point", _failing("integer")),
     ("Only Tensors created explicitly by the user", _copied),

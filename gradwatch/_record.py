@@ -150,6 +150,8 @@ class Write:
     operation: str
     before: tuple[int, ...] = ()
     """The values that were overwritten."""
+    made: tuple[int, ...] = ()
+    """The values that took their place."""
 
 
 @dataclass(slots=True)
@@ -187,6 +189,10 @@ class Record:
     modules_run: set[str] = field(default_factory=set)
     foreign: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
     """Tensors with a ``grad_fn`` that were made out of sight, by the operation that stands for it."""
+    outlived: dict[int, Place] = field(default_factory=dict)
+    """Where such a tensor was made, in an earlier pass that was traced."""
+    keepers: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """Path of the module and name of the attribute that held such a tensor when the pass began."""
     failed: Failed | None = None
     in_backward: bool = False
     elsewhere: set[str] = field(default_factory=set)
@@ -197,6 +203,8 @@ class Record:
     """Where a parameter became one of a module, by its ``id``."""
     hooks: dict[int, Place | None] = field(default_factory=dict)
     """Where a hook was registered on a value, by number."""
+    switches: list[tuple[int, Place | None]] = field(default_factory=list)
+    """Where gradient mode was switched off while it was on, with the number of the next operation."""
     grad_reads: list[tuple[Place | None, int]] = field(default_factory=list)
     """Where ``.grad`` of a value that is no leaf was read and was None, with the value's number."""
     opaque: bool = False
@@ -228,6 +236,10 @@ class Record:
             values.append(Value(op.index, tracked))
             ops.append(op)
 
+    def switch_before(self, op: Op) -> Place | None:
+        """Return where gradient mode was switched off for an operation that ran without it."""
+        return next((place for first, place in reversed(self.switches) if first <= op.index), None)
+
     def append_choice(self, inputs: tuple[int, ...], place: Place | None) -> int:
         """Note afterwards that the first of some values was chosen by the others; return what was chosen."""
         op = Op(len(self.ops), torch.where, Kind.PLAIN, inputs, place)
@@ -254,6 +266,17 @@ def tensors_in(items: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors_in(item)
         elif isinstance(item, dict):
             yield from tensors_in(item.values())
+
+
+_OF_TORCH = frozenset(vars(torch.nn.Module()))
+
+
+def held_by(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield what a module holds by the names the user gave it: buffers, and what is no part of the module."""
+    yield from module.named_buffers(recurse=False)
+    for name, value in vars(module).items():
+        if name not in _OF_TORCH:
+            yield name, value
 
 
 def read_by(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -104,6 +104,24 @@ def expression(step: Step, inside: ast.AST) -> ast.AST | None:
     return best
 
 
+def is_of_arguments(step: Step) -> bool:
+    """Tell whether an expression reads arguments of its function alone: then the caller has chosen them."""
+    code = step[0]
+    inside = function(code)
+    read = None if inside is None else expression(step, inside)
+    if inside is None or read is None:
+        return False
+    arguments = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) - {"self", "cls"}
+    changed = {
+        node.id
+        for node in own_nodes(inside)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+    names = {node.id for node in ast.walk(read) if isinstance(node, ast.Name)}
+    names &= {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
+    return bool(names) and names <= arguments - changed
+
+
 @lru_cache(maxsize=256)
 def definitions(
     module: ast.Module | None,
@@ -147,6 +165,12 @@ class Statement:
     file: str
     line: int
     text: str
+
+    @property
+    def attribute(self) -> str:
+        """The name of what it assigns to; empty where it assigns nothing."""
+        before, equals, _ = self.text.partition(" = ")
+        return before.strip().rpartition(".")[2] if equals else ""
 
 
 def _classes(module: ast.Module, qualname: str) -> Iterator[ast.ClassDef]:
@@ -244,6 +268,8 @@ def _given_names(read: ast.AST, definitions: Mapping[str, ast.AST]) -> set[str]:
 def _keeps(node: ast.AST, name: str, method: str) -> int | None:
     """Tell how much a statement says about what is kept under a name; less is more."""
     if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and node.value is not None:
+        if isinstance(node.value, ast.Constant):
+            return None
         for target in _flat_targets(node):
             if isinstance(target, ast.Subscript) and last_name(target.value) == name:
                 return 0

@@ -62,6 +62,7 @@ from gradwatch._record import (
     Record,
     Value,
     Write,
+    held_by,
     is_telling,
     label_of,
     memory_of,
@@ -78,6 +79,8 @@ _eager = 0
 _stance = ExitStack()
 _log = logging.getLogger("gradwatch")
 _is_grad_enabled, _places = torch.is_grad_enabled, _frames.PLACES
+MADE = "gradwatch made"
+"""Key of the place, in the metadata of an autograd node that outlived the pass in which it was made."""
 _CROWD = 16
 """Tensors over one memory from which on those that died are let go."""
 _NO_KEYWORDS: dict[str, Any] = {}
@@ -175,6 +178,8 @@ class Trace(Record):
         self._left: dict[int, tuple[float, int]] = {}
         """Numbers that left torch, by their ``id``, with their values: where one comes back, it is the same."""
         self._exited = False
+        self._keepers: dict[int, tuple[str, str]] = {}
+        """Path and attribute of the modules that held other tensors when the pass began, by ``id``."""
         self._gradients: dict[int, str] = {}
         self._running: list[tuple[str | None, _Closed | None, nn.Module]] = []
         self._grad_off_depth: int | None = None
@@ -228,10 +233,22 @@ class Trace(Record):
         """Stop for good, and let go of every tensor; what was recorded can still be read."""
         self.leave()
         self.recording = False
+        self._leave_places()
         self._known.clear()
         self._storages.clear()
         self._parameters.clear()
         self._listener = BackwardListener()
+
+    def _leave_places(self) -> None:
+        """Leave the place on the nodes of what outlives the pass, for an error in a later one."""
+        for entry in self._known.values():
+            tensor = entry()
+            node = None if tensor is None or entry.open is not None else node_of(tensor)
+            if node is not None:
+                producer = self.values[entry.value].producer
+                place = None if producer is None else self.ops[producer].place
+                if place is not None:
+                    node.metadata[MADE] = place
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -254,8 +271,12 @@ class Trace(Record):
 
     def _know_attributes(self, path: str, module: nn.Module) -> None:
         """Number the tensors that a module held before the pass began."""
-        for name, held in (*module.named_buffers(recurse=False), *vars(module).items()):
-            if isinstance(held, Tensor) and held.is_leaf and id(held) not in self._known:
+        for name, held in held_by(module):
+            if not isinstance(held, Tensor):
+                self._keepers.update((id(tensor), (path, name)) for tensor in tensors_in((held,)))
+            elif not held.is_leaf:
+                self._keepers[id(held)] = path, name
+            elif id(held) not in self._known:
                 number = self._register(held, self._leaf(held))
                 self.values[number].attribute = (path, name)
 
@@ -483,6 +504,10 @@ class Trace(Record):
             inputs = self._linked(node)
             op = self._append(torch.autograd.Function.apply, Kind.LINK, inputs, None)
             self.foreign[op.index] = weakref.ref(tensor)
+            if MADE in node.metadata:
+                self.outlived[op.index] = node.metadata[MADE]
+            if id(tensor) in self._keepers:
+                self.keepers[op.index] = self._keepers[id(tensor)]
             return self._produce(tensor, op)
         name = self._gathered(tensor)
         if name is not None:
@@ -803,7 +828,7 @@ class Trace(Record):
         targets_before = call.targets or frozenset((shape_of(target), None) for target in targets)
         op.kept = dict(self._rewrite(target, op) for target in targets)
         write = Write(op.place, targets_before, version_of(tensor), op.name)
-        write.before = tuple(op.kept.values())
+        write.before, write.made = tuple(op.kept.values()), tuple(op.kept)
         self.writes.append(write)
 
     def _rewrite(self, target: Tensor, op: Op) -> tuple[int, int]:
@@ -825,6 +850,7 @@ class Trace(Record):
             self._grad_off_depth = None
         elif torch.is_grad_enabled():
             self._grad_off_depth = _frames.depth(_frames.switcher(sys._getframe(4)))
+            self.switches.append((len(self.ops), _frames.switched_by(sys._getframe(4))))
 
     def _note_gradient(self, parameter: Tensor, gradient: Tensor | None) -> None:
         name = self._names.get(id(parameter))

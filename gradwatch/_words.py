@@ -237,6 +237,19 @@ def no_other_use(count: int) -> str:
     return f"no other use of {'it' if count == 1 else 'these parameters'} reaches the loss"
 
 
+def never_stepped(position: int, names: Sequence[str]) -> str:
+    """Say that an optimizer did nothing in a whole run."""
+    return (
+        f"optimizer {position} never stepped in this run, so that nothing is known of its parameters "
+        f"({listed(names)})"
+    )
+
+
+def switched_off(site: Site) -> str:
+    """Say where gradient mode was switched off."""
+    return f"gradient mode was switched off at {place(site)}"
+
+
 def did_not_run(module: str) -> str:
     """Say that a module's forward was not called."""
     return f"module `{module}` did not run in this step"
@@ -437,6 +450,18 @@ ERRORS = {
     "view_in_place": (
         "one of several views of a tensor is changed in place",
         "write `x = x + y` in place of `x += y`",
+    ),
+    "out_argument": (
+        "`out=` writes the result into a tensor of yours, which has no derivative",
+        "call it without `out=`, and keep what it returns",
+    ),
+    "nothing_to_retain": (
+        "`retain_grad()` is called on a tensor that has no history: it comes from here",
+        "look for a `detach` or `no_grad` on the way to it, or call `retain_grad()` where gradients are on",
+    ),
+    "outlived": (
+        "a tensor of an earlier step is used with its graph{1}, whose weights the optimizer has changed since",
+        "`.detach()` it where it is kept",
     ),
     "numpy": (
         "a tensor that requires grad is turned into a NumPy array",

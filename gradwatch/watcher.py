@@ -168,6 +168,8 @@ class Watcher:
     _group: Group | None = None
     _said_raw = False
     _said_outside = False
+    _moved: frozenset[int] = frozenset()
+    """Positions of the optimizers that have stepped."""
     _in_step = False
     _waits = False
     """Whether a block was left in which no optimizer has stepped."""
@@ -634,6 +636,9 @@ class Watcher:
         else:
             self._sensor.judged(covered, again=not self._written.isdisjoint(chosen))
         self._written = self._written | chosen if self._written else chosen
+        place = self._owners.position(optimizer)
+        if place not in self._moved:
+            self._moved |= {place}
         self._steps += 1
         self._stepped = True
         if report is not None:
@@ -723,12 +728,22 @@ class Watcher:
         self._plain.close()
         if not self._off:
             self._hand_on()
-        if self._backwards and not self._steps and not self._off:
-            _log.warning(_words.NO_STEP)
+        if not self._off:
+            self._say_idle()
         if self._batches and self._writes and not self._off:
             self._say_cost()
         self._group = None
         self._end()
+
+    def _say_idle(self) -> None:
+        """Say which optimizers never stepped, so that nothing is known of their parameters."""
+        if self._backwards and not self._steps:
+            _log.warning(_words.NO_STEP)
+        for place, optimizer in enumerate(self._optimizers if self._steps and self._writes else ()):
+            names = self._owners.owned(optimizer)
+            if place not in self._moved and names:
+                folded = explain.fold(names, tuple(self._names.parameters))
+                _log.warning(_words.never_stepped(place, folded))
 
     def _say_cost(self) -> None:
         """Say what watching took: aloud where the run was long enough for that to mean something."""

@@ -488,7 +488,70 @@ class GradForOthers(Case):
         torch.autograd.grad(loss, self.x)  # <- here
 
 
+class GradForTheAdaptedPart(Case):
+    expect = {"not_requested": ENC}
+
+    def forward(self, x):
+        fast: list[torch.Tensor] = list(self.head.parameters())
+        loss = F.linear(torch.tanh(self.enc(x)), *fast).square().mean()
+        inner = torch.autograd.grad(loss, fast, create_graph=True)
+        fast = [weight - 0.1 * slope for weight, slope in zip(fast, inner, strict=True)]
+        return F.linear(torch.tanh(self.enc(x)), *fast).square().mean()
+
+    def backward(self, loss):
+        weights = list(self.head.parameters())
+        slopes = torch.autograd.grad(loss, weights)  # <- here
+        for weight, slope in zip(weights, slopes, strict=True):
+            weight.grad = slope
+
+
 # replaced ------------------------------------------------------------------------------------------
+
+
+class CopiedByItsWrapper(Case):
+    expect = {"replaced": ENC}
+
+    class Wrapper(nn.Module):
+        """What many a library does with the model that it is given."""
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = copy.deepcopy(inner)  # <- here
+
+        def forward(self, x):
+            return torch.tanh(self.inner(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wrapped = self.Wrapper(self.enc)
+
+    def forward(self, x):
+        return self.head(self.wrapped(x)).mean()
+
+
+class CopyThatNothingReads(Case):
+    expect = {"unused": ("twin.weight", "twin.bias")}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twin = copy.deepcopy(self.enc)
+
+    def forward(self, x):
+        return self.head(self.enc(x)).mean()
+
+
+class UpdatedByItsOwnGradient(Case):
+    expect = {"no_grad": HEAD}
+
+    def forward(self, x):
+        loss = self.head(self.enc(x)).square().mean()
+        slopes = torch.autograd.grad(loss, list(self.head.parameters()), retain_graph=True)
+        with torch.no_grad():
+            for (name, weight), slope in zip(
+                list(self.head.named_parameters()), slopes, strict=True
+            ):
+                setattr(self.head, name, nn.Parameter(weight - 0.1 * slope))  # <- here
+        return self.head(self.enc(x)).square().mean()
 
 
 class DeepcopyOfAModule(Case):

@@ -306,6 +306,28 @@ def test_a_raw_backward_is_pointed_out_once(
     assert ["self.manual_backward(loss)" in text for text in said] == [True] * count
 
 
+def test_an_optimizer_that_never_steps_is_named(caplog: pytest.LogCaptureFixture):
+    """Of two optimizers the one whose `step()` was forgotten is named at the end, with its parameters."""
+
+    class Forgotten(Manual):
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:
+            optimizers: Any = self.optimizers()
+            first, _ = optimizers
+            first.zero_grad()
+            self.manual_backward(self.head(self.body(batch)).pow(2).mean())
+            first.step()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(m.parameters(), 0.1) for m in (self.body, self.head)]
+
+    train(Forgotten())
+
+    said = [record.getMessage() for record in caplog.records if record.name == "gradwatch"]
+    assert said == [
+        "optimizer 1 never stepped in this run, so that nothing is known of its parameters (`head.*`)"
+    ]
+
+
 def test_a_run_without_any_step_says_so(caplog: pytest.LogCaptureFixture):
     """Backward passes without an optimizer step leave nothing to judge, and one line says it."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import logging
 import re
 import warnings
 from functools import cached_property
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -592,6 +594,177 @@ class GradOfAVectorFunction(Net):
 
     def forward(self, x):
         return torch.func.grad(lambda row: self.head(row) * torch.ones(2))(x[0]).mean()  # <- here
+
+
+class WrittenBesideAnUntrackedCopy(Net):
+    words = "modified by an inplace operation"
+    advice = "in place of `x += y`"
+
+    def forward(self, x):
+        point = self.enc(x).view(2, 2, 3)
+        start = torch.empty_like(point)
+        start.copy_(point.detach())  # of the same shape, and no part of the graph
+        start -= start.amin()
+        offset = self.head(point)
+        point += 0.1 * offset  # <- here
+        return point.mean()
+
+
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * torch.sigmoid(x)
+
+
+class ArgumentOfAFunctionChanged(Net):
+    words = "modified by an inplace operation"
+    advice = "use what `clamp` returns, or change it after the backward pass"
+
+    def forward(self, x):
+        h = self.enc(x)
+        swished = Swish.apply(h)
+        swished *= 1.1
+        return self.head(swished + h.clamp_(-6, 6)).mean()  # <- here
+
+
+class StateKeptWithItsGraph(Net):
+    words = "modified by an inplace operation"
+    advice = "`.detach()` it where it is kept"
+    steps = 2
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(3, 3)
+        self.state = torch.zeros(4, 3)
+        self.optimizer = torch.optim.SGD(self.parameters(), 0.1)
+
+    def run(self, x):
+        h = self.cell(x, self.cell(x, self.state))
+        self.state = h  # <- here
+        self.head(h).mean().backward(retain_graph=True)
+        self.optimizer.step()
+
+
+class RunningBuffer(Net):
+    words = "Trying to backward through the graph a second time"
+    advice = "`.detach()` it where it is kept"
+    steps = 3
+
+    def __init__(self):
+        super().__init__()
+        self.memory: torch.Tensor
+        self.register_buffer("memory", torch.zeros(3))
+
+    def forward(self, x):
+        h = self.head(self.enc(x) * self.memory.exp()).mean()
+        self.memory = self.memory + torch.tanh(self.enc(x)).sum(0)  # <- here
+        return h
+
+
+class CachedByLength(Net):
+    words = "Trying to backward through the graph a second time"
+    advice = "`.detach()` it where it is kept"
+    steps = 2
+
+    def __init__(self):
+        super().__init__()
+        self.scales = functools.lru_cache(self.scale)
+
+    def scale(self, length):
+        return torch.tanh(self.enc.weight[:length])  # <- here
+
+    def forward(self, x):
+        return self.head(F.linear(x, self.scales(3))).mean()
+
+
+class GatheredLosses(Net):
+    words = "can be implicitly created only for scalar outputs"
+    advice = ".mean()"
+
+    def forward(self, x):
+        losses = torch.stack([self.head(self.enc(part)).mean() for part in x.split(2)])  # <- here
+        return losses / 2.0
+
+
+class MaskMadeDuringEvaluation(Net):
+    words = "Inference tensors cannot be saved for backward"
+    advice = "torch.no_grad()"
+
+    def run(self, x):
+        with torch.inference_mode():
+            mask = torch.ones(5).cumsum(0)  # <- here
+        self.head(self.enc(x) * mask[:3]).mean().backward()
+
+
+class NumpyInsideOfALibrary(Net):
+    words = "Can't call numpy() on Tensor that requires grad"
+    advice = ".detach().numpy()"
+
+    def forward(self, x):
+        return np.linalg.norm(self.enc(x))  # <- here
+
+
+def slope(y, x):
+    return torch.autograd.grad(y.sum(), x, create_graph=True)[0]
+
+
+class SlopeOfTheWrongPoint(Net):
+    words = "appears to not have been used in the graph"
+    advice = "allow_unused=True"
+
+    def forward(self, x):
+        x, t = x.clone().requires_grad_(), torch.ones(4, 3, requires_grad=True)
+        by_t = slope(torch.tanh(self.enc(t)) + x, t)
+        return slope(by_t, x).mean()  # <- here
+
+
+class NormOfAClone(Net):
+    words = "appears to not have been used in the graph"
+    advice = "allow_unused=True"
+
+    def run(self, x):
+        loss = self.head(torch.tanh(self.enc(x))).mean()
+        weight = self.enc.weight.clone()  # <- here
+        torch.autograd.grad(loss, weight)
+
+
+class SwitchedOffForGood(Net):
+    words = "does not require grad and does not have a grad_fn"
+    advice = "gradient mode on"
+
+    def look(self, x):
+        torch.set_grad_enabled(False)  # <- here
+        return self.enc(x).mean()
+
+    def forward(self, x):
+        try:
+            return self.head(self.enc(x) * self.look(x)).mean()
+        finally:
+            torch.set_grad_enabled(True)
+
+
+class IntoAPreallocatedTensor(Net):
+    words = "arguments don't support automatic differentiation"
+    advice = "call it without `out=`"
+
+    def forward(self, x):
+        return torch.add(self.enc(x), 1, out=torch.empty(4, 3)).mean()  # <- here
+
+
+class NothingToRetain(Net):
+    words = "can't retain_grad on Tensor"
+    advice = "look for a `detach` or `no_grad`"
+
+    def forward(self, x):
+        h = self.enc(x).detach()  # <- here
+        h.retain_grad()
+        return self.head(h).mean()
 
 
 class RecomputedDifferently(Net):

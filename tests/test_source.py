@@ -194,7 +194,7 @@ class Frozen:
     """Switches things off."""
 
     def __init__(self, parameter):
-        self.state = 1
+        self.state = [1]
         parameter.requires_grad = False
         parameter.requires_grad_(False)
 
@@ -205,7 +205,7 @@ class Derived(Frozen):
 
 def test_statements_are_found_in_the_class_and_in_those_it_inherits_from():
     """Assignments to an attribute, and what freezes parameters, are found by reading the class."""
-    assert [s.text for s in keepings(Derived, "state")] == ["self.state = 1"]
+    assert [s.text for s in keepings(Derived, "state")] == ["self.state = [1]"]
     assert [s.text for s in freezings(Frozen)] == [
         "parameter.requires_grad = False",
         "parameter.requires_grad_(False)",
