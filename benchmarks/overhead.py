@@ -1,9 +1,13 @@
 """What watching costs, side by side: ``make bench``, or ``python benchmarks/overhead.py [--quick]``.
 
-All ways of watching run in one process and one thread, in blocks of steps that take turns with bare ones; what
-counts is the median over the blocks of the difference to the bare block beside it. Times are noisy, so counts
-stand beside them: kernels, and what is written. Ways whose package is not installed are
-left out. It writes the table for the documentation, the same as JSON, and a picture.
+All ways of watching run in one process and one thread, in steps that take turns with bare ones of the same model:
+two models differ by their place in memory alone more than GradWatch takes. What counts is the median of the
+differences, with its standard error; where one step in fifty is another, each kind has its own. Counts stand beside the times, because those are noisy: kernels,
+copies to the host, calls of Python functions, bytes and records. Ways whose package is not installed are left
+out. It writes the table for the documentation, the same as JSON, and a picture.
+
+Limits: ways that hook a model or an optimizer for good cannot be told to look away, and are compared with another
+model's bare steps. GradWatch's two hooks on optimizers, of 0.01 ms a step, are there in the bare steps as well.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import statistics
 import sys
@@ -23,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from rich.console import Console
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,12 +38,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 0.05
-"""What a block takes at least, so that the clock's noise does not count."""
-BUDGET = 6.0
-"""Seconds for the blocks of one way on one model, as far as that makes sense."""
-FEWEST, MOST = 5, 60
-"""Pairs of blocks: many short ones see less of what else the machine does."""
+BUDGET = 12.0
+"""Seconds for the steps of one way on one model, as far as that makes sense."""
+FEWEST, MOST = 10, 600
+"""Pairs of a watched and a bare step."""
+WARM = 3
+TO_HOST = frozenset(["tolist", "numpy", "cpu"])
+"""Methods of tensors that copy to the host and are no kernel; ``item()`` is one."""
 EVERY = 50
 
 
@@ -85,8 +92,10 @@ class Way:
 
     needs: ClassVar[str | None] = None
     """A package, beyond what GradWatch needs itself."""
+    looks_away = True
+    """Whether a bare step of the same model is one that this way does not touch."""
     whole = 1
-    """Steps after which everything has happened once: a block is so many, or a multiple of it."""
+    """Steps after which everything has happened once, at the last of them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -99,6 +108,12 @@ class Way:
         """Run one step."""
         torch.autograd.backward(self.model())
         self.watch()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def bare(self) -> None:
+        """Run one step that nothing watches."""
+        torch.autograd.backward(self.model())
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -175,6 +190,7 @@ class Wandb(Way):
     """`wandb.watch`, offline, with a histogram of each gradient at every step."""
 
     needs = "wandb"
+    looks_away = False
 
     def __init__(self, model: nn.Module) -> None:
         import wandb
@@ -194,6 +210,7 @@ class Torchlens(Way):
     """The checks of torchlens on changes and on gradients that are not finite."""
 
     needs = "torchlens"
+    looks_away = False
 
     def __init__(self, model: nn.Module) -> None:
         from torchlens.checks import ChecksSession
@@ -283,20 +300,44 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def block(way: Way, steps: int) -> float:
-    """Return the mean time of some steps, in milliseconds."""
+def took(step: Callable[[], None]) -> float:
+    """Return the time of one step, in milliseconds."""
     begin = time.perf_counter()
-    for _ in range(steps):
-        way.step()
-    return (time.perf_counter() - begin) / steps * 1e3
+    step()
+    return (time.perf_counter() - begin) * 1e3
 
 
-def kernels(way: Way) -> Counter[str]:
-    """Return the kernels of one step."""
-    with Kernels() as seen:
-        way.step()
-    counts: Counter[str] = seen.counts
-    return counts
+def median(values: list[float]) -> tuple[float, float]:
+    """Return the median, and its standard error by the middle half, as of a normal distribution."""
+    quarter = len(values) // 4
+    ordered = sorted(values)
+    middle = ordered[-1 - quarter] - ordered[quarter]
+    return statistics.median(values), 0.93 * middle / len(values) ** 0.5
+
+
+def counts(bare: Callable[[], None], watched: Callable[[], None]) -> dict[str, int]:
+    """Return what one watched step does more than a bare one: kernels, copies to the host, Python calls."""
+    found: list[dict[str, int]] = []
+    for step in (bare, watched):
+        calls: Counter[str] = Counter()
+
+        def note(frame: Any, event: str, argument: Any, calls: Counter[str] = calls) -> None:
+            del frame
+            if event == "call":
+                calls["python"] += 1
+            elif event == "c_call" and argument.__name__ in TO_HOST:
+                calls["copies"] += isinstance(argument.__self__, Tensor)
+
+        sys.setprofile(note)
+        step()
+        sys.setprofile(None)
+        with Kernels() as seen:
+            step()
+        copies = calls["copies"] + seen.counts["_local_scalar_dense"]
+        kernels = sum(seen.counts.values())
+        found.append({"kernels": kernels, "copies": copies, "calls": calls["python"]})
+    less, more = found
+    return {name: more[name] - less[name] for name in less}
 
 
 def written(way: Way) -> int:
@@ -304,32 +345,50 @@ def written(way: Way) -> int:
     return sum(path.stat().st_size for path in Path(way.folder).rglob("*") if path.is_file())
 
 
+def records(way: Way) -> int:
+    """Return the records in the event files of a way's folder."""
+    files = Path(way.folder).rglob("events.out.tfevents*")
+    return sum(sum(1 for _ in RawEventFileLoader(str(path)).Load()) for path in files)
+
+
 def row(
     label: str, kind: type[Way], make: Callable[[], nn.Module], *, quick: bool
 ) -> dict[str, Any]:
     """Measure one way on one model."""
     torch.manual_seed(0)
-    bare, way = Way(make()), kind(make())
+    way = kind(make())
+    bare = way.bare if way.looks_away else Way(make()).bare
     # The first steps warm up, and GradWatch traces one of them.
-    both = block(bare, 3)
-    took = block(way, 3)
-    steps = max(1, round(SECONDS * 1e3 / took / way.whole)) * way.whole
-    fitting = int(BUDGET * 1e3 / ((took + both) * steps))
-    blocks = 1 if quick else min(max(fitting, FEWEST), MOST)
-    pairs = [(block(bare, steps), block(way, steps)) for _ in range(blocks)]
-    added_kernels = kernels(way) - kernels(bare)
+    both = sum(took(step) for _ in range(WARM) for step in (bare, way.step)) / WARM
+    fitting = int(BUDGET * 1e3 / both)
+    count = way.whole if quick else max(min(fitting, MOST), FEWEST, 2 * way.whole)
+    pairs: list[tuple[float, float]] = []
+    for turn in range(count):
+        first = took(way.step) if turn % 2 else 0.0
+        plain = took(bare)
+        pairs.append((plain, first or took(way.step)))
+    more = counts(bare, way.step)
     way.stack.close()
-    plain = statistics.median(b for b, _ in pairs)
-    added = statistics.median(w - b for b, w in pairs)
+    bare_ms = statistics.median(plain for plain, _ in pairs)
+    # Of so many steps one is another: each kind has a median of its own.
+    rare = [w - b for at, (b, w) in enumerate(pairs, WARM + 1) if at % way.whole == 0]
+    usual = [w - b for at, (b, w) in enumerate(pairs, WARM + 1) if at % way.whole] or rare
+    (often, error), (seldom, other) = median(usual), median(rare)
+    added = often + (seldom - often) / way.whole
+    steps = WARM + 2 + count
     return {
         "way": label,
-        "bare_ms": round(plain, 3),
+        "bare_ms": round(bare_ms, 3),
         "added_ms": round(added, 4),
-        "share": round(added / plain, 5),
+        "error_ms": round(math.hypot(error, other / way.whole), 4),
+        "share": round(added / bare_ms, 5),
         "us_per_parameter": round(added * 1e3 / len(way.parameters), 4),
-        "kernels": sum(added_kernels.values()),
-        "bytes": round(written(way) / (3 + 1 + steps * blocks)),
-        "steps": steps * blocks,
+        "kernels": more["kernels"],
+        "copies": more["copies"],
+        "calls_per_parameter": round(more["calls"] / len(way.parameters), 2),
+        "bytes": round(written(way) / steps),
+        "records": round(records(way) / steps, 2),
+        "steps": count,
     }
 
 
@@ -354,12 +413,16 @@ def markdown(found: list[dict[str, Any]]) -> str:
             "",
             f"**{model}**, bare step {bare:.0f} ms",
             "",
-            "| watched by | added, ms | of the step | µs a parameter | kernels | bytes written |",
-            "|---|---:|---:|---:|---:|---:|",
+            (
+                "| watched by | added, ms | of the step | µs a parameter | kernels | copies to the host "
+                "| Python calls a parameter | bytes written | records |"
+            ),
+            "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]
         lines += [
-            f"| {entry['way']} | {entry['added_ms']:.2f} | {entry['share']:.1%} "
-            f"| {entry['us_per_parameter']:.2f} | {entry['kernels']:,} | {entry['bytes']:,} |"
+            f"| {entry['way']} | {entry['added_ms']:.2f} ± {entry['error_ms']:.2f} | {entry['share']:.1%} "
+            f"| {entry['us_per_parameter']:.2f} | {entry['kernels']:,} | {entry['copies']:,} "
+            f"| {entry['calls_per_parameter']:.2f} | {entry['bytes']:,} | {entry['records']:.4g} |"
             for entry in mine
         ]
     return "\n".join(lines[1:]) + "\n"
@@ -402,7 +465,7 @@ def main() -> None:
         console.print(f"{entry['model']}: {entry['way']}: {entry['added_ms']} ms", markup=False)
         found.append(entry)
     versions = f"torch {torch.__version__}, Python {sys.version.split()[0]}, one thread"
-    text = f"{versions}; the median difference of paired blocks.\n\n{markdown(found)}"
+    text = f"{versions}; the median difference to bare steps beside them, and its standard error.\n\n{markdown(found)}"
     (arguments.out / "img").mkdir(parents=True, exist_ok=True)
     (arguments.out / "cost_table.md").write_text(text)
     (arguments.out / "cost_table.json").write_text(json.dumps(found, indent=1) + "\n")

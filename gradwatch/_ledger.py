@@ -22,6 +22,7 @@ from gradwatch.report import Cause, Diagnosis, GradStats, Status
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
+    import torch
     from torch import Tensor
 
 
@@ -53,6 +54,7 @@ class Facts:
         scales: Mapping[str, float] = MappingProxyType({}),
         total: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None,
         orphans: Iterable[str] = (),
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Take the norms of the gradients that arrived.
 
@@ -67,7 +69,7 @@ class Facts:
                 for name, gradient in gradients.items()
                 if gradient is not None and name not in absent
             }
-        self._take(measure(gradients, scales, total), parameters)
+        self._take(measure(gradients, scales, total, dtype), parameters)
 
     def before_clipping(
         self,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import weakref
 from contextlib import suppress
+from functools import cached_property
 from itertools import compress, repeat
 from operator import and_, attrgetter, call, is_, is_not, ne, not_
 from types import MappingProxyType
@@ -67,6 +68,12 @@ class Sensor:
         self._clears = False
         """Whether the user's loop leaves no gradient behind at the end of a step."""
 
+    @cached_property
+    def dtype(self) -> torch.dtype | None:
+        """The type of all parameters, None where they have several."""
+        found = set(map(_dtype, self._parameters))
+        return found.pop() if len(found) == 1 else None
+
     @property
     def arrived(self) -> frozenset[str]:
         """Names of those that were given a gradient since ``restart()``."""
@@ -97,6 +104,7 @@ class Sensor:
         self._parameters = (*self._parameters, *parameters.values())
         self._everyone = frozenset(range(len(self.names)))
         self._pattern = _Pattern((), self._everyone, (), ())
+        vars(self).pop("dtype", None)
 
     def before(self) -> None:
         """Note what is there when a backward pass begins."""
@@ -364,6 +372,7 @@ def measure(
     gradients: Mapping[str, Tensor],
     scales: Mapping[str, float] = MappingProxyType({}),
     total: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> GradStats:
     """Return the L2 norm of each gradient, and which are zero or not finite.
 
@@ -375,6 +384,7 @@ def measure(
         gradients: The gradients by name, of any shape, dtype, device, and layout.
         scales: What some of them are multiplied with (a GradScaler's scale), by name.
         total: Sums values over all processes, where each holds a part of the gradients.
+        dtype: The type of all gradients, where it is known that they have one.
 
     Cost:
         One fused pass per device and one copy to the host per device; a second one only while some
@@ -388,8 +398,13 @@ def measure(
     if total is not None:
         weights = {name: _share(gradient) for name, gradient in gradients.items()}
         gradients = {name: _local(gradient) for name, gradient in gradients.items()}
-    norms = _norms(gradients, wide=False)
-    doubtful = _doubtful(norms, gradients)
+    if dtype is None and len(set(map(_dtype, gradients.values()))) == 1:
+        dtype = next(iter(gradients.values())).dtype
+    norms = _norms(gradients, wide=False, dtype=dtype)
+    whole = math.hypot(*norms.values())
+    # A sum that is finite has no part that is not: one look at each is enough.
+    usual = math.isfinite(whole) and 0.0 not in norms.values()
+    doubtful = {} if usual else _doubtful(norms, gradients)
     if doubtful:
         norms.update(_norms(doubtful, wide=True))
     suspects: Iterable[str] = doubtful
@@ -400,7 +415,9 @@ def measure(
     zero = frozenset(name for name in suspects if norms[name] == 0.0)
     nonfinite = frozenset(name for name in suspects if not math.isfinite(norms[name]))
     norms.update({name: norms[name] / scale for name, scale in scales.items() if name in norms})
-    return GradStats(norms, zero, nonfinite, math.hypot(*norms.values()))
+    if doubtful or scales or total is not None:
+        whole = math.hypot(*norms.values())
+    return GradStats(norms, zero, nonfinite, whole)
 
 
 def _local(gradient: Tensor) -> Tensor:
@@ -418,8 +435,6 @@ def _share(gradient: Tensor) -> float:
 
 def _doubtful(norms: Mapping[str, float], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the gradients whose norm is zero or not finite: perhaps it only left the range of its type."""
-    if math.isfinite(math.fsum(norms.values())) and 0.0 not in norms.values():
-        return {}
     return {
         name: gradients[name]
         for name, norm in norms.items()
@@ -427,12 +442,14 @@ def _doubtful(norms: Mapping[str, float], gradients: Mapping[str, Tensor]) -> di
     }
 
 
-def _norms(gradients: Mapping[str, Tensor], *, wide: bool) -> dict[str, float]:
-    if not wide and len(set(map(_dtype, gradients.values()))) == 1:
+def _norms(
+    gradients: Mapping[str, Tensor], *, wide: bool, dtype: torch.dtype | None = None
+) -> dict[str, float]:
+    if dtype is not None and gradients:
         # The usual case, without another look at each: dense gradients on one device, or torch refuses.
         some = list(gradients.values())
         with suppress(RuntimeError), torch.no_grad():
-            together = torch.stack(_fused(some, _sum_dtype(some[0], wide=False)))
+            together = torch.stack(_fused(some, torch.float32 if dtype in _HALVES else None))
             return dict(zip(gradients, together.tolist(), strict=True))
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, gradient in gradients.items():
@@ -440,12 +457,12 @@ def _norms(gradients: Mapping[str, Tensor], *, wide: bool) -> dict[str, float]:
         groups.setdefault(key, []).append(name)
     by_device: dict[torch.device, tuple[list[str], list[Tensor]]] = {}
     with torch.no_grad():
-        for (device, _, dtype), names in groups.items():
+        for (device, _, sum_dtype), names in groups.items():
             known, stacked = by_device.setdefault(device, ([], []))
             known += names
             dense = [_dense(gradients[n]) for n in names]
             far = wide and gradients[names[0]].dtype in _DOUBLES
-            norms = [_scaled(gradient) for gradient in dense] if far else _fused(dense, dtype)
+            norms = [_scaled(gradient) for gradient in dense] if far else _fused(dense, sum_dtype)
             stacked.append(torch.stack(norms))
         return {
             name: norm

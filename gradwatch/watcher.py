@@ -834,7 +834,8 @@ class Watcher:
             if len(covered) < len(parameters):
                 parameters = {name: parameters[name] for name in covered}
             orphans = self._owners.orphans if self._owners.known else ()
-            facts.measure(parameters, self._scales(covered, optimizer), total, orphans)
+            scales, dtype = self._scales(covered, optimizer), self._sensor.dtype
+            facts.measure(parameters, scales, total, orphans, dtype)
             if logged and self._early is not None:
                 owned = self._owners.owned(optimizer)
                 clipped = facts.before_clipping(self._early, parameters, owned)
@@ -869,7 +870,7 @@ class Watcher:
             step=self._steps,
             optimizer=self._owners.position(optimizer),
             logged=logged,
-            statuses=facts.complete(covered),
+            statuses=facts.statuses if facts.measured else facts.complete(covered),
             norms=facts.stats.norms if logged else {},
             total_norm=facts.stats.total if logged else None,
             clipped_norm=clipped,
@@ -941,10 +942,17 @@ class Watcher:
         unseen = [name for name in absent if name in self._taken or is_hidden(parameters[name])]
         return Facts(
             missing=[name for name in absent if name not in unseen],
-            frozen=lambda: list(
-                compress(covered, map(not_, map(_wants, map(parameters.__getitem__, covered))))
-            ),
+            frozen=lambda: self._frozen(covered),
             unseen=unseen,
+        )
+
+    def _frozen(self, covered: tuple[str, ...]) -> list[str]:
+        """Return those that want no gradient; nearly always that is nobody, or always the same."""
+        parameters = self._names.parameters
+        if all(map(_wants, parameters.values())):
+            return []
+        return list(
+            compress(covered, map(not_, map(_wants, map(parameters.__getitem__, covered))))
         )
 
     def _diagnosed(self, covered: tuple[str, ...], facts: Facts) -> tuple[Diagnosis, ...]:
