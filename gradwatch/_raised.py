@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from gradwatch import _frames, _source, _words, explain
 from gradwatch._calls import Kind, Wrapper
@@ -24,13 +25,13 @@ from gradwatch._record import held_by, node_of
 from gradwatch.report import Diagnosis, Site, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from torch import nn
 
     from gradwatch._diagnose import Inspection
-    from gradwatch._record import Failed, Op, Write
+    from gradwatch._record import Failed, Op, Value, Write
     from gradwatch._trace import Trace
 
     _Find = Callable[["_Raised"], str | None]
@@ -90,6 +91,25 @@ class _Raised:
                 kept = _kept_in(self.model, trace, op, next(readers, None))
                 if kept is not None:
                     return kept
+        return None
+
+    def cut_of(self, numbers: Iterable[int]) -> str | None:
+        """Return where values lost their history: an operation, or the freezing of what they came from."""
+        trace, seen = self.trace, set[int]()
+        todo = [number for number in numbers if not trace.values[number].tracked]
+        while todo:
+            number = todo.pop(0)
+            op = self.maker_of(number)
+            if number in seen or op is None:
+                continue
+            seen.add(number)
+            names = {trace.values[n].parameter for n in op.inputs} - {None}
+            frozen = [trace.freezings[name] for name in names if name in trace.freezings]
+            if frozen:
+                return _at(frozen[0])
+            if any(trace.values[n].tracked for n in op.inputs):
+                return _at(op.place)
+            todo.extend(op.inputs)
         return None
 
     def maker_of(self, number: int) -> Op | None:
@@ -163,11 +183,14 @@ def _kept_anywhere(model: nn.Module) -> tuple[str, str] | None:
 
 def _no_history(raised: _Raised) -> str | None:
     """Explain a loss that was computed from nothing that wants a gradient."""
+    inner = _in_a_backward(raised.error)
+    if inner is not None:
+        return _words.error_note("grad_in_backward", inner)
     inspection = raised.inspection
     parameters = inspection.parameters
     wanting = [name for name, parameter in parameters.items() if parameter.requires_grad]
     if not wanting:
-        return all_frozen(raised.model)
+        return all_frozen(raised.model, raised.trace)
     found = inspection.diagnose(dict.fromkeys(wanting, Status.MISSING), 0)
     told = next((d for d in found if d.site is not None), found[0] if found else None)
     if told is None:
@@ -175,9 +198,25 @@ def _no_history(raised: _Raised) -> str | None:
     return _words.error_note("no_history", None) + "\n\n" + explain.render(told, tuple(parameters))
 
 
-def all_frozen(model: nn.Module) -> str:
+def _in_a_backward(error: Exception) -> str | None:
+    """Return where the ``backward`` of a Function asked for gradients, and where it computed what from."""
+    places, traceback = [], error.__traceback__
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        first = traceback.tb_frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(first, BackwardCFunction) and code.co_name == "backward":
+            places.append(_frames.Place(code, traceback.tb_lasti))
+        traceback = traceback.tb_next
+    if not places:
+        return None
+    made = _source.given(places[-1][:2])
+    return _both(None if made is None else _statement(made), _at(places[-1]))
+
+
+def all_frozen(model: nn.Module, trace: Trace | None = None) -> str:
     """Return what is to be said of a loss without a history when no parameter requires grad."""
-    return _words.error_note("all_frozen", _first_freezing(model))
+    seen = None if trace is None else next(iter(trace.freezings.values()), None)
+    return _words.error_note("all_frozen", _at(seen) or _first_freezing(model))
 
 
 def _first_freezing(model: nn.Module) -> str | None:
@@ -196,8 +235,38 @@ def _twice(raised: _Raised) -> str | None:
         return _words.error_note("kept", *kept)
     places = [_at(backward.place) for backward in raised.trace.backwards]
     if len(places) > 1:
-        return _words.error_note("twice", f"{places[-2]} (the earlier one)\n  --> {places[-1]}")
+        both = _both(_shared(raised.trace), f"{places[-2]} (the earlier one)\n  --> {places[-1]}")
+        return _words.error_note("twice", both)
     return _words.error_note("twice", places[-1]) if places else None
+
+
+def _shared(trace: Trace) -> str | None:
+    """Return the last operation that both of the last two backward passes went through, if it is no root."""
+    first, second = (_behind(trace, backward.roots) for backward in trace.backwards[-2:])
+    common = first & second
+    roots = {number for backward in trace.backwards for number in backward.roots}
+    last = max(
+        (op for op in trace.ops if not common.isdisjoint(op.outputs)),
+        key=lambda op: op.index,
+        default=None,
+    )
+    if last is None or not roots.isdisjoint(last.outputs):
+        return None
+    place = _at(last.place)
+    return None if place is None else f"{place} (computed once, used by both)"
+
+
+def _behind(trace: Trace, roots: Iterable[int]) -> set[int]:
+    """Return the values with a history that some were computed from, these included."""
+    found: set[int] = set()
+    todo = list(roots)
+    while todo:
+        number = todo.pop()
+        value = trace.values[number]
+        if number not in found and value.tracked and value.producer is not None:
+            found.add(number)
+            todo.extend(trace.ops[value.producer].inputs)
+    return found
 
 
 def _kept_in(
@@ -326,14 +395,29 @@ def _culprit(
         return None, False
     likely = writes
     for meant in (
-        [w for w in writes if (node is None) != any(values[n].tracked for n in w.made)],
+        [w for w in writes if (node is None) != any(_has_history(values[n]) for n in w.made)],
         named,
         shaped,
+        [w for w in writes if _was_read(w, raised.trace)],
         [w for w in writes if w.version == first],
     ):
         likely = [w for w in likely if w in meant] or likely
     write = next(iter(likely), None)
     return write, write in overwritten
+
+
+def _has_history(value: Value) -> bool:
+    return value.tracked and value.parameter is None and value.label is None
+
+
+def _was_read(write: Write, trace: Trace) -> bool:
+    """Tell whether something with a gradient was computed from a tensor before it was overwritten."""
+    own = min((trace.values[number].producer or 0 for number in write.made), default=0)
+    before = set(write.before)
+    return any(
+        not before.isdisjoint(op.inputs) and any(trace.values[n].tracked for n in op.outputs)
+        for op in trace.ops[:own]
+    )
 
 
 def _with_earlier(some: list[Write], writes: list[Write]) -> list[Write]:
@@ -605,15 +689,20 @@ def _line(place: _frames.Place | None) -> tuple[str, int] | None:
     return None if place is None or site is None else (place.code.co_filename, site.line)
 
 
-def _nothing_to_retain(raised: _Raised) -> str | None:
-    """Explain ``retain_grad`` on a tensor without a history by the operation that made it."""
-    failed = raised.failed
-    if failed is None or not failed.read:
-        return _raising("nothing_to_retain")(raised)
-    made = raised.maker_of(failed.read[0])
-    places = [*raised.callers_of(failed.place), failed.place]
-    given = functools.reduce(_both, map(_at, places))
-    return _words.error_note("nothing_to_retain", _both(_at(made.place) if made else None, given))
+def _without_history(kind: str) -> _Find:
+    """Explain a call on a tensor without a history by where that was lost."""
+
+    def find(raised: _Raised) -> str | None:
+        failed = raised.failed
+        if failed is None:
+            return _raising(kind)(raised)
+        asked = raised.trace.backwards[-1] if raised.trace.backwards else None
+        read = failed.read if asked is None or asked.place != failed.place else asked.wanted
+        places = [*raised.callers_of(failed.place), failed.place]
+        given = functools.reduce(_both, map(_at, places))
+        return _words.error_note(kind, _both(raised.cut_of((*read, *failed.read)), given))
+
+    return find
 
 
 def _both(first: str | None, second: str | None) -> str | None:
@@ -652,13 +741,18 @@ _KINDS: tuple[tuple[str, _Find], ...] = (
     ("view was created in no_grad mode and is being modified inplace", _view_without_history),
     ("is being modified inplace", _failing("view_in_place")),
     ("arguments don't support automatic differentiation", _failing("out_argument")),
-    ("can't retain_grad on Tensor", _nothing_to_retain),
+    ("can't retain_grad on Tensor", _without_history("nothing_to_retain")),
+    (
+        "cannot register a hook on a tensor that doesn't require",
+        _without_history("nothing_to_hook"),
+    ),
     ("Can't call numpy() on Tensor that requires grad", _failing("numpy")),
     ("nly Tensors of floating point", _failing("integer")),
     ("Only Tensors created explicitly by the user", _copied),
     ("appears to not have been used in the graph", _not_in_graph),
-    ("One of the differentiated Tensors does not require grad", _failing("not_wanting")),
+    ("One of the differentiated Tensors does not require grad", _without_history("not_wanting")),
     ("you can only change requires_grad flags of leaf variables", _failing("flag_of_a_result")),
+    ("Legacy autograd function with non-static forward", _raising("legacy_function")),
     ("returned an incorrect number of gradients", _in_function("wrong_count")),
     ("returned an invalid gradient", _in_function("wrong_shape")),
     ("marked with @once_differentiable", _in_function("once_differentiable")),

@@ -204,7 +204,7 @@ class Record:
     hooks: dict[int, Place | None] = field(default_factory=dict)
     """Where a hook was registered on a value, by number."""
     switches: list[tuple[int, Place | None]] = field(default_factory=list)
-    """Where gradient mode was switched off while it was on, with the number of the next operation."""
+    """Where gradient mode was switched off while it was on, None where on again, and the next operation."""
     grad_reads: list[tuple[Place | None, int]] = field(default_factory=list)
     """Where ``.grad`` of a value that is no leaf was read and was None, with the value's number."""
     opaque: bool = False

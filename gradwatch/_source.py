@@ -234,20 +234,58 @@ def stores(step: Step) -> list[Statement]:
     module = tree(code.co_filename)
     if read is None or module is None:
         return []
-    definitions = {
-        n.name: n
-        for n in ast.walk(module)
-        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
-    }
-    names = _given_names(read, definitions)
+    functions = [
+        n for n in ast.walk(module) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    names = _given_names(read, {n.name: n for n in functions})
     found = [
         (rank, kept)
-        for definition in [*definitions.values(), module]
+        for definition in [*functions, module]
         for kept in own_nodes(definition)
         for name in names
         if (rank := _keeps(kept, name, getattr(definition, "name", ""))) is not None
     ]
+    # What a closure uses of the function around it, and a function of its file, was computed there.
+    outer = {*code.co_freevars, *code.co_names} & names
+    for definition in [*functions, module]:
+        nodes = list(own_nodes(definition))
+        if definition is module or node in nodes:
+            found += [(1, kept) for kept in nodes if _computes(kept, outer)]
     return _statements(code.co_filename, [kept for _, kept in sorted(found, key=lambda p: p[0])])
+
+
+def _computes(node: ast.AST, names: set[str]) -> bool:
+    """Tell whether a statement gives one of some names what a call returns."""
+    return (
+        isinstance(node, ast.Assign)
+        and any(isinstance(target, ast.Name) and target.id in names for target in node.targets)
+        and any(isinstance(inner, ast.Call) for inner in ast.walk(node.value))
+    )
+
+
+def given(step: Step) -> Statement | None:
+    """Return the assignment of the name that a call is given first, in the same function."""
+    inside = function(step[0])
+    read = None if inside is None else expression(step, inside)
+    if inside is None or not isinstance(read, ast.Call) or not read.args:
+        return None
+    name = _root(read.args[0])
+    found = [
+        node
+        for node in own_nodes(inside)
+        if isinstance(node, ast.Assign)
+        and any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
+        and node.lineno < read.lineno
+    ]
+    statements = _statements(step[0].co_filename, found[:1])
+    return statements[0] if statements else None
+
+
+def _root(node: ast.AST) -> str:
+    """Return the name at the beginning of ``y.sum()``, ``y[0]`` and the like."""
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _given_names(read: ast.AST, definitions: Mapping[str, ast.AST]) -> set[str]:
@@ -256,7 +294,19 @@ def _given_names(read: ast.AST, definitions: Mapping[str, ast.AST]) -> set[str]:
         [*read.args, *(k.value for k in read.keywords)] if isinstance(read, ast.Call) else [read]
     )
     names: set[str] = set()
-    for inner in (node for value in given for node in ast.walk(value)):
+    # Of `self.prior.dist` the last name tells; of `self.memory.sum()` the one before the method.
+    within = {
+        id(inner.value)
+        for value in given
+        for inner in ast.walk(value)
+        if isinstance(inner, ast.Attribute)
+    } - {
+        id(inner.func.value)
+        for value in given
+        for inner in ast.walk(value)
+        if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute)
+    }
+    for inner in (node for value in given for node in ast.walk(value) if id(node) not in within):
         if isinstance(inner, ast.Call) and called(inner) in definitions:
             for returned in ast.walk(definitions[called(inner)]):
                 if isinstance(returned, ast.Return) and returned.value is not None:
@@ -315,7 +365,8 @@ def _where(
 
 def freezings(cls: type) -> list[Statement]:
     """Return where the file of a class switches ``requires_grad`` off, its own methods first."""
-    return _where(cls, _freezes, elsewhere=True)
+    found = _where(cls, _freezes, elsewhere=True)
+    return [s for s in found if "requires_grad" in s.text] or found
 
 
 def clearings(cls: type) -> list[Statement]:

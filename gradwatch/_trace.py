@@ -848,6 +848,7 @@ class Trace(Record):
     def _note_mode(self, *, enable: bool) -> None:
         if enable:
             self._grad_off_depth = None
+            self.switches.append((len(self.ops), None))
         elif torch.is_grad_enabled():
             self._grad_off_depth = _frames.depth(_frames.switcher(sys._getframe(4)))
             self.switches.append((len(self.ops), _frames.switched_by(sys._getframe(4))))
@@ -876,7 +877,7 @@ class Trace(Record):
     def _note_flag(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         name = self._names.get(id(args[0]))
         wants = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
-        if name is not None and not wants:
+        if name is not None and not wants and args[0].requires_grad:
             self.freezings[name] = _frames.here(sys._getframe(4))
 
     def know_gradients(self) -> None:
@@ -955,7 +956,9 @@ class Trace(Record):
             self.in_backward = False
             self.recording = recording and self.broken is None
             try:
-                around.__exit__(None if failed is None else type(failed), failed, None)
+                # With its own traceback: contextlib gives an error the one that it is handed here.
+                traceback = None if failed is None else failed.__traceback__
+                around.__exit__(None if failed is None else type(failed), failed, traceback)
             except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
                 self.give_up(error)
 

@@ -459,6 +459,18 @@ ERRORS = {
         "`retain_grad()` is called on a tensor that has no history: it comes from here",
         "look for a `detach` or `no_grad` on the way to it, or call `retain_grad()` where gradients are on",
     ),
+    "nothing_to_hook": (
+        "a hook is registered on a tensor that has no history: it comes from here",
+        "register it where gradients are on, or only `if x.requires_grad`",
+    ),
+    "grad_in_backward": (
+        "the `backward` of a Function runs with gradient mode off, so that what it computes has no history",
+        "compute it under `with torch.enable_grad():`, from inputs that require grad",
+    ),
+    "legacy_function": (
+        "an instance of a `torch.autograd.Function` is called",
+        "make `forward` and `backward` static methods, and call `MyFunction.apply(...)`",
+    ),
     "outlived": (
         "a tensor of an earlier step is used with its graph{1}, whose weights the optimizer has changed since",
         "`.detach()` it where it is kept",

@@ -951,9 +951,7 @@ class Watcher:
         parameters = self._names.parameters
         if all(map(_wants, parameters.values())):
             return []
-        return list(
-            compress(covered, map(not_, map(_wants, map(parameters.__getitem__, covered))))
-        )
+        return list(compress(covered, map(not_, map(_wants, map(parameters.__getitem__, covered)))))
 
     def _diagnosed(self, covered: tuple[str, ...], facts: Facts) -> tuple[Diagnosis, ...]:
         """Return what this step shows that is not known yet."""

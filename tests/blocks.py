@@ -139,7 +139,9 @@ def _two_processes(arguments: list[str]) -> str:
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
         timeout=100,
     )
-    return tidy(done.stderr)
+    assert done.returncode == 0, done.stderr
+    # On a busy machine torch logs how long it waited: no part of what a page shows.
+    return tidy(re.sub(r"^\[?[WIE]\d{4} .*\n", "", done.stderr, flags=re.MULTILINE))

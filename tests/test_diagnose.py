@@ -542,3 +542,70 @@ def test_a_value_that_only_chose_the_loss_is_told_from_one_that_did_not(loss_of,
         loss.backward()
 
     assert [(d.cause, d.parameters) for d in diagnosis.report.diagnoses] == [(cause, cases.ENC)]
+
+
+class Switched(nn.Module):
+    """An encoder that runs without gradients; the line that switches them off is marked."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc = nn.Linear(3, 3)
+        self.head = nn.Linear(3, 1)
+
+    def encoded(self, x):
+        raise NotImplementedError
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = x - x.mean()
+        out = self.head(self.encoded(x)).mean()
+        torch.set_grad_enabled(True)
+        return out
+
+
+class ByWith(Switched):
+    def encoded(self, x):
+        with torch.no_grad():  # <- here
+            x = x * 2
+            return self.enc(x)
+
+
+class ByDecorator(Switched):
+    @torch.no_grad()  # <- here
+    def encoded(self, x):
+        return self.enc(x)
+
+
+class ByAHelper(Switched):
+    def prepared(self, x):
+        torch.set_grad_enabled(False)  # <- here
+        return x * 2
+
+    def encoded(self, x):
+        h = self.enc(self.prepared(x))
+        torch.set_grad_enabled(True)
+        return h
+
+
+class ByInferenceMode(Switched):
+    def encoded(self, x):
+        with torch.inference_mode():
+            h = self.enc(x)
+        return h.clone()
+
+
+@pytest.mark.parametrize("kind", [ByWith, ByDecorator, ByAHelper, ByInferenceMode])
+def test_the_line_that_switched_gradients_off_is_named(kind):
+    """Beside the operation a note names the switch, where it is known: torch does not tell of inference mode."""
+    (found,) = run_model(kind()).diagnoses
+
+    line = guilty_line(kind)
+    said = [note for note in found.notes if "switched off" in note]
+    assert found.cause is Cause.NO_GRAD
+    assert [f"test_diagnose.py:{line}: `" in note for note in said] == [True] * (line is not None)
+
+
+def run_model(model):
+    with diagnose(model) as diagnosis:
+        model(torch.randn(4, 3)).backward()
+    return diagnosis.report

@@ -767,6 +767,168 @@ class NothingToRetain(Net):
         return self.head(h).mean()
 
 
+class OverwrittenAfterItWasRead(Net):
+    words = "modified by an inplace operation"
+    advice = "write into a `.clone()` of it"
+
+    def forward(self, x):
+        scores = self.enc(x) @ self.enc(x).T
+        scores[:, 0] = -1e4  # before anything needs it
+        weights = scores.softmax(-1)
+        out = weights @ x
+        weights[:, 0] = 0  # <- here
+        return self.head(out).mean()
+
+
+class ParameterClamped(Net):
+    words = "modified by an inplace operation"
+    advice = "use what `clamp` returns"
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(0.5))
+        self.seen = torch.tensor(0.0)
+
+    def forward(self, x):
+        out = (self.head(self.enc(x)) / self.temperature).mean()
+        self.seen.mul_(0.9)  # of the same shape, and no part of the graph
+        with torch.no_grad():
+            self.temperature.clamp_(0.1, 1.0)  # <- here
+        return out
+
+
+class SharedByTwoLosses(Net):
+    words = "Trying to backward through the graph a second time"
+    advice = "add the losses"
+
+    def run(self, x):
+        shared = torch.tanh(self.enc(x))  # <- here
+        for _ in range(2):
+            self.head(shared).mean().backward()
+
+
+class PriorMadeOnce(Net):
+    words = "Trying to backward through the graph a second time"
+    advice = "`.detach()` it where it is kept"
+    steps = 2
+
+    class Prior(nn.Module):
+        """Holds a distribution in place of its parameters."""
+
+        def __init__(self):
+            super().__init__()
+            self.spread = nn.Parameter(torch.zeros(3))
+            self.dist = self.make()  # <- here
+
+        def make(self):
+            return torch.distributions.Normal(torch.zeros(3), self.spread.exp())
+
+    def __init__(self):
+        super().__init__()
+        self.prior = self.Prior()
+
+    def forward(self, x):
+        h = torch.distributions.Normal(self.enc(x), 1.0)
+        return torch.distributions.kl_divergence(h, self.prior.dist).mean()
+
+
+class TermsOutsideOfAClosure(Net):
+    words = "Trying to backward through the graph a second time"
+    advice = "`.detach()` it where it is kept"
+    steps = 2
+
+    def __init__(self):
+        super().__init__()
+        terms = [parameter.square().sum() for parameter in self.enc.parameters()]  # <- here
+
+        def penalty():
+            return torch.stack(terms).sum()
+
+        self.penalty = penalty
+
+    def forward(self, x):
+        return self.head(self.enc(x)).mean() + self.penalty()
+
+
+class FrozenByALogger(Net):
+    words = "does not require grad and does not have a grad_fn"
+    advice = "leave `requires_grad` on"
+
+    def log(self):
+        self.requires_grad_(False)  # <- here
+
+    def forward(self, x):
+        self.log()
+        for parameter in self.parameters():
+            parameter.requires_grad_(parameter.requires_grad)  # as it was
+        return self.head(self.enc(x)).mean()
+
+
+class WithoutGradientInBackward(Net):
+    words = "does not require grad and does not have a grad_fn"
+    advice = "torch.enable_grad()"
+
+    class Rerun(torch.autograd.Function):
+        """Saves memory, as it believes."""
+
+        @staticmethod
+        def forward(ctx, x, layer):
+            ctx.layer = layer
+            ctx.save_for_backward(x.detach())
+            return layer(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            x = x.detach().requires_grad_()
+            out = ctx.layer(x)  # <- here
+            return torch.autograd.grad(out, x, grad)[0], None
+
+    def forward(self, x):
+        return self.head(self.Rerun.apply(self.enc(x), self.enc)).mean()
+
+
+class LegacyFunction(Net):
+    words = "Legacy autograd function with non-static forward"
+    advice = "static methods"
+
+    class Double(torch.autograd.Function):
+        """Written as torch 0.3 wanted it."""
+
+        def forward(self, x):  # type: ignore[override]
+            return 2 * x
+
+    def forward(self, x):
+        return self.head(self.Double()(self.enc(x))).mean()  # <- here
+
+
+class HookOnAFrozenFeature(Net):
+    words = "cannot register a hook on a tensor that doesn't require"
+    advice = "if x.requires_grad"
+
+    def forward(self, x):
+        for parameter in self.enc.parameters():
+            parameter.requires_grad = False  # <- here
+        h = torch.relu(self.enc(x))
+        h.register_hook(print)
+        return self.head(h).mean()
+
+
+class SecondStepOfAGuidance(Net):
+    words = "One of the differentiated Tensors does not require grad"
+    advice = "look for a `detach`"
+
+    def corrected(self, x, slope):
+        return (x - slope).detach()  # <- here
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        for _ in range(2):
+            (slope,) = torch.autograd.grad(self.head(torch.tanh(self.enc(x))).sum(), x)
+            x = self.corrected(x, slope)
+        return self.head(x).mean()
+
+
 class RecomputedDifferently(Net):
     words = "number of tensors was saved during the original forward and recomputation"
     advice = "let it depend on its arguments alone"
@@ -803,6 +965,7 @@ def steps(case):
             model.run(torch.randn(4, 3))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_an_error_keeps_its_words_and_names_the_line_and_the_way_out(case):
     """The user's error passes through unchanged, with one note on the root cause."""
@@ -812,6 +975,20 @@ def test_an_error_keeps_its_words_and_names_the_line_and_the_way_out(case):
     (note,) = caught.value.__notes__
     assert f"test_raised.py:{guilty_line(case)}" in note
     assert case.advice in note
+
+
+def test_the_traceback_through_the_backward_of_a_function_is_kept():
+    """What the user's own `backward` was doing when it raised stays in the traceback, and is named."""
+    model = WithoutGradientInBackward()
+    with pytest.raises(RuntimeError) as caught, diagnose(model):
+        model.run(torch.ones(4, 3))
+
+    names = [entry.frame.raw.f_code.co_qualname for entry in caught.traceback]
+    assert names[-3:] == [
+        "WithoutGradientInBackward.Rerun.backward",
+        "grad",
+        "_engine_run_backward",
+    ]
 
 
 def test_an_error_that_was_caught_before_explains_no_other():
