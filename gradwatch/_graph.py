@@ -45,11 +45,6 @@ class Node:
         """Whether it cuts what it gets into pieces, one for each of its inputs."""
         return self.name in _HAND_OUT
 
-    @property
-    def hands_on(self) -> bool:
-        """Whether it hands on the values that it gets, in another shape at most."""
-        return self.name in _HAND_ON
-
 
 class Origin(NamedTuple):
     """Where a gradient first became zero, or not finite."""
@@ -83,6 +78,8 @@ class Passed:
     """Where nodes that were not hooked themselves handed on nothing."""
     has_pieces: bool = False
     """Whether some node cuts its gradient into pieces, so that zeros have to be counted."""
+    unobserved: frozenset[str] = frozenset()
+    """Names of the nodes that get no hook: what they hand on is known by what they get."""
     broken: Exception | None = None
     """A failure of ours, after which ``sizes`` are incomplete."""
 
@@ -137,7 +134,11 @@ class Passed:
 
     def _handed_on(self) -> dict[tuple[int, int], float]:
         """Return what went through the nodes that hand on what they get, which were not observed."""
-        waiting = {n: node for n, node in enumerate(self.nodes) if node.hands_on}
+        waiting = {
+            n: node
+            for n, node in enumerate(self.nodes)
+            if node.name in self.unobserved and node.leaf is None
+        }
         if not waiting:
             return {}
         came: dict[int, list[tuple[int, int]]] = {}
@@ -158,6 +159,8 @@ class Passed:
             odd = next((size for size in sizes if not math.isfinite(size)), None)
             # Where a backward pass begins, it begins with ones.
             found[number, 0] = odd if odd is not None else max(sizes, default=1.0)
+            if found[number, 0] < 0.0 and waiting[number].name in _PLACE:
+                found[number, 0] = 0.0  # nothing, in the midst of zeros
         return found
 
     def origin(self, leaf: int, *, zero: bool) -> Origin | None:
@@ -270,16 +273,22 @@ _is_grad_enabled, _INFINITE = torch.is_grad_enabled, math.inf
 _ALONE = {(), (-1,)}
 """Children after the first of a node that has one alone."""
 _STRIDED = torch.strided
+_FEW = 16
 _SMALL = 4096
 """Elements up to which no order of memory is worth looking for."""
 _ACCUMULATES = "torch::autograd::AccumulateGrad"
 _HAND_ON = frozenset(
     f"{name}Backward{number}"
-    for name in ("T View UnsafeView ReshapeAlias Transpose Permute Unsqueeze Squeeze Alias").split()  # noqa: SIM905
+    for name in "T View UnsafeView ReshapeAlias Transpose Permute Unsqueeze Squeeze Alias Clone".split()  # noqa: SIM905
     for number in range(3)
 )
+_PLACE = frozenset(
+    f"{name}Backward{number}"
+    for name in ("Select", "Slice", "Split", "SplitWithSizes", "Unbind")
+    for number in range(2)
+)
+"""Operations whose backward puts what it gets into the midst of zeros: to read it all tells nothing more."""
 _UNOBSERVED = _HAND_ON | {_ACCUMULATES}
-"""Nodes that get no hook."""
 
 
 def _is_zero(size: float) -> bool:
@@ -349,12 +358,14 @@ def watched_backward(
     passed.nodes, found = walk(roots, tag_key)
     measured: list[tuple[tuple[int, int], Tensor]] | None = [] if sizes else None
     passed.has_pieces = sizes and not _HAND_OUT.isdisjoint([node.name for node in passed.nodes])
+    passed.unobserved = _UNOBSERVED if passed.has_pieces else _UNOBSERVED | _PLACE
     first = len({root.grad_fn for root in roots if root.grad_fn is not None})
     seen_below = _seen_below(passed, first) if sizes and not hooked else {}
     spared = {edge[0] for edge in seen_below.values()}
     handles = []
     for number, entry in enumerate(passed.nodes):
-        if number not in spared and (entry.custom or (sizes and entry.name not in _UNOBSERVED)):
+        is_seen = sizes and entry.name not in passed.unobserved
+        if number not in spared and (entry.custom or is_seen):
             above = seen_below.get(number)
             observer = partial(_observe, passed, number, entry.children, above, measured)
             if measured is not None and above is not None and _is_simple(entry, passed):
@@ -390,7 +401,7 @@ def _seen_below(passed: Passed, roots: int) -> dict[int, tuple[int, int]]:
         for child in node.children:
             if child >= 0:
                 came[child] += 1
-    needed = _UNOBSERVED | _EMPTY if passed.has_pieces else _UNOBSERVED
+    needed = _UNOBSERVED | _EMPTY if passed.has_pieces else passed.unobserved
     seen_below: dict[int, tuple[int, int]] = {}
     spared: set[int] = set()
     for number, node in enumerate(nodes):
@@ -398,7 +409,7 @@ def _seen_below(passed: Passed, roots: int) -> dict[int, tuple[int, int]]:
             continue
         for child in node.children:
             if child >= 0 and (
-                came[child] > 1 or child in spared or nodes[child].name in _UNOBSERVED
+                came[child] > 1 or child in spared or nodes[child].name in passed.unobserved
             ):
                 break
         else:
@@ -420,16 +431,19 @@ def _observe(  # noqa: PLR0917 -- called for every node, and keywords cost
 ) -> None:
     try:
         missing: tuple[int, ...] = ()
+        twin: tuple[Tensor | None, Any] = None, above
+        if above is not None and measured is not None:
+            twin = _note_came(passed, above, measured, grad_outputs), above
         for position, child in enumerate(children):
-            gradient = grad_inputs[position]
+            gradient, edge = grad_inputs[position], (number, position)
             if child < 0:
                 continue
             if gradient is None:
                 missing = (*missing, position)
-            elif measured is not None and _measure(passed, (number, position), gradient, measured):
-                passed.totals[number] = _largest(grad_outputs)
-        if above is not None and measured is not None:
-            _note_came(passed, above, measured, grad_outputs)
+            elif measured is not None:
+                if _measure_anew(passed, edge, gradient, twin, measured):
+                    passed.totals[number] = _largest(grad_outputs)
+                twin = gradient, edge
         if passed.has_pieces and passed.nodes[number].name in _EMPTY:
             _note_zeros(passed, number, grad_inputs, grad_outputs)
         if missing and any(gradient is not None for gradient in grad_outputs):
@@ -460,8 +474,12 @@ def _observe_both(  # noqa: PLR0917 -- as above
             children = passed.nodes[number].children
             _observe(passed, number, children, above, measured, grad_inputs, grad_outputs)
             return
-        _measure(passed, above, came, measured)
-        if _measure(passed, (number, 0), gradient, measured):
+        is_bad = _measure(passed, above, came, measured)
+        if gradient is not came or above not in passed.sizes:
+            is_bad = _measure(passed, (number, 0), gradient, measured)
+        else:
+            passed.sizes[number, 0] = passed.sizes[above]
+        if is_bad:
             passed.totals[number] = _largest(grad_outputs)
     except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
         passed.broken = error
@@ -472,15 +490,31 @@ def _note_came(
     edge: tuple[int, int],
     measured: list[tuple[tuple[int, int], Tensor]],
     grad_outputs: Sequence[Tensor | None],
-) -> None:
-    """Note what the node above, which has no hook, handed on: it is all that came."""
+) -> Tensor | None:
+    """Note and return what the node above, which has no hook, handed on: it is all that came."""
     gradient = grad_outputs[0]
     if len(grad_outputs) > 1:
         gradient = next((each for each in grad_outputs if each is not None), None)
     if gradient is None:
         passed.dropped.append(edge)
-        return
-    _measure(passed, edge, gradient, measured)
+    else:
+        _measure(passed, edge, gradient, measured)
+    return gradient
+
+
+def _measure_anew(
+    passed: Passed,
+    edge: tuple[int, int],
+    gradient: Tensor,
+    twin: tuple[Tensor | None, Any],
+    measured: list[tuple[tuple[int, int], Tensor]],
+) -> bool:
+    """Do what ``_measure`` does, unless the gradient is the one that was measured last: sums hand on what they get."""
+    other, known = twin
+    if gradient is other and known in passed.sizes:
+        passed.sizes[edge] = size = passed.sizes[known]
+        return size == 0.0 or not math.isfinite(size)
+    return _measure(passed, edge, gradient, measured)
 
 
 def _measure(
@@ -490,16 +524,19 @@ def _measure(
     measured: list[tuple[tuple[int, int], Tensor]],
 ) -> bool:
     """Note the size of what was handed on, in ``measured`` where it is not on the CPU; tell if it is known as bad."""
+    count = gradient.numel()
     if (
-        gradient.is_cpu
-        and gradient.numel() <= _SMALL
+        count <= _SMALL
+        and gradient.is_cpu
         and type(gradient) is Tensor
         and gradient.layout is _STRIDED
         and not _is_grad_enabled()
     ):
         # NOTE [No small tensors] Thousands of them, alive until the pass ends, would lie between the
         # large blocks of the heap: malloc could not give those back, and the peak would be higher.
-        total: float = abs(_sum(gradient).item())
+        # Reading a few numbers takes a fourth of a call of torch's.
+        few = count <= _FEW and gradient.dim() == 1
+        total: float = abs(sum(gradient.tolist()) if few else _sum(gradient).item())
         if 0.0 < total < _INFINITE:
             # A third of the time of what follows, which is right where numbers cancel too.
             passed.sizes[edge] = total
