@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
@@ -186,6 +187,16 @@ def _no_history(raised: _Raised) -> str | None:
     inner = _in_a_backward(raised.error)
     if inner is not None:
         return _words.error_note("grad_in_backward", inner)
+    failed, asked = raised.failed, raised.trace.backwards
+    if (
+        failed is not None
+        and asked
+        and not asked[-1].accumulates
+        and asked[-1].place == failed.place
+    ):
+        cut = raised.cut_of(failed.read)
+        if cut is not None:
+            return _words.error_note("output_without_history", _both(cut, _at(failed.place)))
     inspection = raised.inspection
     parameters = inspection.parameters
     wanting = [name for name, parameter in parameters.items() if parameter.requires_grad]
@@ -337,13 +348,24 @@ def _overwritten(raised: _Raised) -> str | None:
     shape = tuple(int(size) for size in found[1].split(",") if size.strip())
     first = int(found[4]) + 1
     later = [w for w in trace.writes if w.version >= first]
-    write, is_result = _culprit(later, shape, found[2], first, raised)
+    write, is_result = _culprit(later, shape, found[2], (first, int(found[3])), raised)
     if write is not None:
         # A view that was made anew says nothing of what the user wrote.
         named = is_result and _stem(found[2] or "") != "AsStrided"
         maker = found[2] if named else None
         kind = "overwritten" if maker is None else "overwritten_result"
-        return _words.overwritten(kind, _at(write.place), write.operation, maker)
+        where = _both(_at(write.place), _at(write.around))
+        return _words.overwritten(kind, where, write.operation, maker)
+    return _written_unseen(raised, shape, found[2]) or (
+        _words.overwritten("overwritten", _at(later[0].place), later[0].operation, None)
+        if later and "AccumulateGrad" not in (found[2] or "")
+        else None
+    )
+
+
+def _written_unseen(raised: _Raised, shape: tuple[int, ...], node: str | None) -> str | None:
+    """Explain a tensor that something else than a call of the user's has changed."""
+    trace = raised.trace
     for op in trace.ops:
         read = {trace.values[number].parameter for number in op.inputs} - {None}
         weights = [raised.inspection.parameters.get(name or "") for name in read]
@@ -352,15 +374,21 @@ def _overwritten(raised: _Raised) -> str | None:
         ):
             return _words.error_note("renormed", _at(op.place))
     if trace.steps:
-        return _words.error_note("optimizer_stepped", _at(trace.steps[-1][0]), found[2])
+        return _words.error_note("optimizer_stepped", _at(trace.steps[-1][0]), node)
     kept = raised.kept()
     return None if kept is None else _words.error_note("outlived", *kept)
 
 
 def _culprit(
-    writes: list[Write], shape: tuple[int, ...], node: str | None, first: int, raised: _Raised
+    writes: list[Write],
+    shape: tuple[int, ...],
+    node: str | None,
+    versions: tuple[int, int],
+    raised: _Raised,
 ) -> tuple[Write | None, bool]:
     """Return the write that an error speaks of, and whether the node it names is what was overwritten.
+
+    None where neither the node nor the shape of any fits.
 
     Views share a version, not a shape; the weight of a linear layer is saved transposed. A result is named
     after what made it, an argument after the last write into it.
@@ -369,7 +397,7 @@ def _culprit(
         writes: Those that came after the tensor was saved, as far as their versions tell.
         shape: Its shape.
         node: The name of its node, as torch shortens it; None for a leaf.
-        first: The version after the first write that can be meant.
+        versions: The version after the first write that can be meant, and after the last one.
         raised: The error.
     """
     values = raised.trace.values
@@ -391,15 +419,18 @@ def _culprit(
         ),
         [],
     )
-    if not named and not shaped and node is not None and "AccumulateGrad" in node:
+    if not named and not shaped:
         return None, False
     likely = writes
     for meant in (
-        [w for w in writes if (node is None) != any(_has_history(values[n]) for n in w.made)],
+        # A leaf has no node of its own, and a view of it has one.
+        [w for w in writes if node is None or any(values[n].tracked for n in w.made)],
+        [w for w in writes if node is not None or not any(_has_history(values[n]) for n in w.made)],
+        [w for w in writes if _last_version(w, writes) == versions[1]],
         named,
         shaped,
         [w for w in writes if _was_read(w, raised.trace)],
-        [w for w in writes if w.version == first],
+        [w for w in writes if w.version == versions[0]],
     ):
         likely = [w for w in likely if w in meant] or likely
     write = next(iter(likely), None)
@@ -418,6 +449,16 @@ def _was_read(write: Write, trace: Trace) -> bool:
         not before.isdisjoint(op.inputs) and any(trace.values[n].tracked for n in op.outputs)
         for op in trace.ops[:own]
     )
+
+
+def _last_version(write: Write, writes: list[Write]) -> int:
+    """Return the version after the last write into the same tensor."""
+    made, version = set(write.made), write.version
+    for other in writes:
+        if not made.isdisjoint(other.before):
+            made.update(other.made)
+            version = max(version, other.version)
+    return version
 
 
 def _with_earlier(some: list[Write], writes: list[Write]) -> list[Write]:
@@ -464,12 +505,27 @@ def _in_function(kind: str) -> _Find:
         if named is None:
             called = [op for op in ops if op.wrapper is Wrapper.CUSTOM_FUNCTION]
             return _words.error_note(kind, _at(called[-1].place)) if called else None
+        own = _return_of(named[1].removesuffix("Backward"))
         for node in (node for passed in raised.inspection.passes for node in passed.nodes):
             if node.custom and node.name == named[1] and node.tag >= 0:
-                return _words.error_note(kind, _at(ops[node.tag].place))
-        return None
+                return _words.error_note(kind, _both(_at(ops[node.tag].place), own))
+        return None if own is None else _words.error_note(kind, own)
 
     return find
+
+
+def _return_of(name: str) -> str | None:
+    """Return what the ``backward`` of the only Function of a name returns."""
+    todo, found = [torch.autograd.Function], list[Any]()
+    while todo:
+        cls = todo.pop()
+        todo.extend(cls.__subclasses__())
+        method = getattr(cls.__dict__.get("backward"), "__func__", None)
+        code = getattr(method, "__code__", None)
+        if cls.__name__ == name and code is not None:
+            found.append(code)
+    returned = _source.returned(found[0]) if len(found) == 1 else None
+    return None if returned is None else f"{_statement(returned)} (returned here)"
 
 
 def _without_derivative(raised: _Raised) -> str | None:
@@ -755,6 +811,7 @@ _KINDS: tuple[tuple[str, _Find], ...] = (
     ("Legacy autograd function with non-static forward", _raising("legacy_function")),
     ("returned an incorrect number of gradients", _in_function("wrong_count")),
     ("returned an invalid gradient", _in_function("wrong_shape")),
+    ("returned a gradient different than None", _in_function("not_none")),
     ("marked with @once_differentiable", _in_function("once_differentiable")),
     ("has changed the size of value", _hooked),
     ("has changed the type of value", _hooked),

@@ -152,6 +152,8 @@ class Write:
     """The values that were overwritten."""
     made: tuple[int, ...] = ()
     """The values that took their place."""
+    around: Place | None = None
+    """The call of a Function or the like in which it ran."""
 
 
 @dataclass(slots=True)

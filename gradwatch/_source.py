@@ -263,6 +263,15 @@ def _computes(node: ast.AST, names: set[str]) -> bool:
     )
 
 
+def returned(code: CodeType) -> Statement | None:
+    """Return the last ``return`` of a function that returns something."""
+    inside = function(code)
+    nodes = [] if inside is None else list(own_nodes(inside))
+    found = [n for n in nodes if isinstance(n, ast.Return) and n.value is not None]
+    last = max(found, key=lambda node: node.lineno, default=None)
+    return None if last is None else _statements(code.co_filename, [last])[0]
+
+
 def given(step: Step) -> Statement | None:
     """Return the assignment of the name that a call is given first, in the same function."""
     inside = function(step[0])
@@ -320,11 +329,14 @@ def _keeps(node: ast.AST, name: str, method: str) -> int | None:
     if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and node.value is not None:
         if isinstance(node.value, ast.Constant):
             return None
+        # What is kept as it is tells more than what is made for the occasion.
+        items = node.value.elts if isinstance(node.value, (ast.Tuple, ast.List)) else [node.value]
+        new = not any(isinstance(item, (ast.Name, ast.Attribute)) for item in items)
         for target in _flat_targets(node):
             if isinstance(target, ast.Subscript) and last_name(target.value) == name:
-                return 0
+                return int(new)
             if isinstance(target, ast.Attribute) and target.attr == name:
-                return 2 if method == "__init__" else 1
+                return (4 if method == "__init__" else 2) + new
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
         return None
     fills = node.func.attr in FILLERS and last_name(node.func.value) == name

@@ -81,6 +81,19 @@ _log = logging.getLogger("gradwatch")
 _is_grad_enabled, _places = torch.is_grad_enabled, _frames.PLACES
 MADE = "gradwatch made"
 """Key of the place, in the metadata of an autograd node that outlived the pass in which it was made."""
+_TAKEN_OUT = frozenset(
+    [
+        "__iter__",
+        "__getitem__",
+        "unbind",
+        "select",
+        "squeeze",
+        "unsqueeze",
+        "view",
+        "chunk",
+        "split",
+    ]
+)
 _CROWD = 16
 """Tensors over one memory from which on those that died are let go."""
 _NO_KEYWORDS: dict[str, Any] = {}
@@ -245,10 +258,21 @@ class Trace(Record):
             tensor = entry()
             node = None if tensor is None or entry.open is not None else node_of(tensor)
             if node is not None:
-                producer = self.values[entry.value].producer
-                place = None if producer is None else self.ops[producer].place
+                place = self._origin_of(entry.value)
                 if place is not None:
                     node.metadata[MADE] = place
+
+    def _origin_of(self, number: int) -> Place | None:
+        """Return where a value was computed: that it was taken out of another one tells nothing."""
+        place: Place | None = None
+        producer = self.values[number].producer
+        while producer is not None:
+            op = self.ops[producer]
+            place = op.place or place
+            if len(op.inputs) != 1 or op.name.rpartition(".")[2] not in _TAKEN_OUT:
+                break
+            producer = self.values[op.inputs[0]].producer
+        return place
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -827,7 +851,10 @@ class Trace(Record):
         op.inputs = (*op.inputs, *read)
         targets_before = call.targets or frozenset((shape_of(target), None) for target in targets)
         op.kept = dict(self._rewrite(target, op) for target in targets)
-        write = Write(op.place, targets_before, version_of(tensor), op.name)
+        inside = op.inner is not None
+        name_ = _calls.public_name(op.func) if inside else op.name
+        write = Write(op.inner or op.place, targets_before, version_of(tensor), name_)
+        write.around = op.place if inside else None
         write.before, write.made = tuple(op.kept.values()), tuple(op.kept)
         self.writes.append(write)
 

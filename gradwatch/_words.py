@@ -463,6 +463,14 @@ ERRORS = {
         "a hook is registered on a tensor that has no history: it comes from here",
         "register it where gradients are on, or only `if x.requires_grad`",
     ),
+    "output_without_history": (
+        "what is differentiated here has no history: it was lost here",
+        "pass `create_graph=True` where it is a derivative itself, and look for a `detach` or `no_grad`",
+    ),
+    "not_none": (
+        "the `backward` of this Function returns a gradient for an argument that is no tensor",
+        "return None in the place of each argument of `forward` that is no tensor",
+    ),
     "grad_in_backward": (
         "the `backward` of a Function runs with gradient mode off, so that what it computes has no history",
         "compute it under `with torch.enable_grad():`, from inputs that require grad",

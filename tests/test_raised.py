@@ -929,6 +929,139 @@ class SecondStepOfAGuidance(Net):
         return self.head(x).mean()
 
 
+class WeightNormalisedAtEveryCall(Net):
+    words = "modified by an inplace operation"
+    advice = "in place of `x /= y`"
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.enc.weight /= self.enc.weight.norm()  # <- here
+        return self.enc(x.clone().requires_grad_())
+
+    def run(self, x):
+        first, second = self(x), self(x + 1)
+        with torch.no_grad():
+            target = second.softmax(-1)
+            target /= target.sum(0)
+            target /= target.sum(1, keepdim=True)
+        first.exp().sum().add((second * target).sum()).backward()
+
+
+class AddedIntoTheOutputOfTanh(Net):
+    words = "modified by an inplace operation"
+    advice = "use what `index_add` returns"
+
+    def forward(self, x):
+        nodes, places = torch.tanh(self.enc(x)), torch.arange(4)
+        received = torch.zeros(4, 3)
+        received.index_add_(0, places, self.enc(nodes))
+        received /= 2
+        nodes.index_add_(0, places, received)  # <- here
+        return self.head(nodes).mean()
+
+
+class SteppedBesideASum(Net):
+    words = "modified by an inplace operation"
+    advice = "step the optimizer after this backward"
+
+    def run(self, x):
+        optimizer = torch.optim.Adam(self.parameters())
+        early, late = self.head(self.enc(x)).mean(), torch.zeros(())
+        for _ in range(3):
+            late += self.head(torch.tanh(self.enc(x))).mean()
+        early.backward()
+        optimizer.step()  # <- here
+        late.backward()
+
+
+class WrittenInsideAFunction(Net):
+    words = "modified by an inplace operation"
+    advice = "use what `mul` returns"
+
+    class Rounded(torch.autograd.Function):
+        """Scales its argument, and does not say so."""
+
+        @staticmethod
+        def forward(ctx, x):
+            x.mul_(7)  # <- here
+            return x.round() / 7
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    def forward(self, x):
+        return self.head(self.Rounded.apply(torch.tanh(self.enc(x)))).mean()
+
+
+class GradientForANumber(Net):
+    words = "returned a gradient different than None"
+    advice = "return None in the place"
+
+    class Scaled(torch.autograd.Function):
+        """Hands back one gradient too many."""
+
+        @staticmethod
+        def forward(ctx, x, factor):
+            ctx.factor = factor
+            return x * factor
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.factor, grad.sum()  # <- here
+
+    def forward(self, x):
+        return self.head(self.Scaled.apply(self.enc(x), 2.0)).mean()
+
+
+class SecondDerivativeOfANumber(Net):
+    words = "does not require grad and does not have a grad_fn"
+    advice = "create_graph=True"
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        out = self.head(torch.tanh(self.enc(x))).sum()
+        (slope,) = torch.autograd.grad(out, x)  # <- here
+        (bend,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
+        return bend.mean()
+
+
+class CellStateInADictionary(Net):
+    words = "Trying to backward through the graph a second time"
+    advice = "`.detach()` it where it is kept"
+    steps = 2
+
+    def __init__(self):
+        super().__init__()
+        self.states = {}
+
+    def forward(self, x):
+        if "fine" not in self.states:
+            self.states["fine"] = (torch.zeros_like(x).detach(), torch.zeros_like(x).detach())
+        h, c = self.states["fine"]
+        c = torch.sigmoid(self.enc(x)) * c + torch.tanh(self.enc(h))
+        self.states["fine"] = (torch.tanh(c).detach(), c)  # <- here
+        return self.head(c).mean()
+
+
+class RowsInABuffer(Net):
+    words = "Trying to backward through the graph a second time"
+    advice = "`.detach()` it where it is kept"
+    steps = 2
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def add(self, values):
+        for row in values:
+            self.rows.append(row)
+
+    def forward(self, x):
+        self.add(torch.tanh(self.enc(x)))  # <- here
+        return self.head(torch.stack(self.rows)).mean()
+
+
 class RecomputedDifferently(Net):
     words = "number of tensors was saved during the original forward and recomputation"
     advice = "let it depend on its arguments alone"
