@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import logging
 import math
 import os
 import statistics
@@ -459,6 +460,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of what is written")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("gradwatch").setLevel(logging.ERROR)  # bare steps are no steps of a watcher's
     console = Console()
     found = []
     for entry in rows(quick=arguments.quick):
