@@ -410,29 +410,31 @@ def _culprit(
         or any(values[number].producer in tags for number in w.before)
     ]
     last = [w for w in writes if any(values[number].producer in tags for number in w.made)]
-    named = overwritten or _with_earlier(last, writes)
-    shaped = next(
+    named = set(overwritten) or _with_earlier(last, writes)
+    shaped: set[Write] | frozenset[Write] = next(
         (
             found
             for same in (tuple, sorted, math.prod)
-            if (found := [w for w in writes if any(same(shape) == same(s) for s, _ in w.targets)])
+            if (found := {w for w in writes if any(same(shape) == same(s) for s, _ in w.targets)})
         ),
-        [],
+        frozenset(),
     )
     if not named and not shaped:
         return None, False
-    likely = writes
-    for meant in (
+    last_versions = _last_versions(writes)
+    tests: list[Callable[[Write], bool]] = [
         # A leaf has no node of its own, and a view of it has one.
-        [w for w in writes if node is None or any(values[n].tracked for n in w.made)],
-        [w for w in writes if node is not None or not any(_has_history(values[n]) for n in w.made)],
-        [w for w in writes if _last_version(w, writes) == versions[1]],
-        named,
-        shaped,
-        [w for w in writes if _was_read(w, raised.trace)],
-        [w for w in writes if w.version == versions[0]],
-    ):
-        likely = [w for w in likely if w in meant] or likely
+        lambda w: node is None or any(values[n].tracked for n in w.made),
+        lambda w: node is not None or not any(_has_history(values[n]) for n in w.made),
+        lambda w: last_versions[w.made] == versions[1],
+        lambda w: not named or w in named,
+        lambda w: not shaped or w in shaped,
+        lambda w: _was_read(w, raised.trace),
+        lambda w: w.version == versions[0],
+    ]
+    likely = writes
+    for holds in tests:
+        likely = [w for w in likely if holds(w)] or likely
     write = next(iter(likely), None)
     return write, write in overwritten
 
@@ -451,25 +453,26 @@ def _was_read(write: Write, trace: Trace) -> bool:
     )
 
 
-def _last_version(write: Write, writes: list[Write]) -> int:
-    """Return the version after the last write into the same tensor."""
-    made, version = set(write.made), write.version
-    for other in writes:
-        if not made.isdisjoint(other.before):
-            made.update(other.made)
-            version = max(version, other.version)
-    return version
+def _last_versions(writes: list[Write]) -> dict[tuple[int, ...], int]:
+    """Return for each write, by what it made, the version after the last write into the same tensor."""
+    later: dict[int, int] = {}
+    found: dict[tuple[int, ...], int] = {}
+    for write in reversed(writes):
+        version = max([write.version, *(later[n] for n in write.made if n in later)])
+        later.update(dict.fromkeys(write.before, version))
+        found[write.made] = version
+    return found
 
 
-def _with_earlier(some: list[Write], writes: list[Write]) -> list[Write]:
+def _with_earlier(some: list[Write], writes: list[Write]) -> set[Write]:
     """Return some writes with those into the same tensors before them."""
     by_value = {number: write for write in writes for number in write.made}
-    found: list[Write] = []
+    found: set[Write] = set()
     todo = list(some)
     while todo:
         write = todo.pop()
         if write not in found:
-            found.append(write)
+            found.add(write)
             todo += [by_value[number] for number in write.before if number in by_value]
     return found
 

@@ -138,7 +138,7 @@ class Backward:
     """The values named by it."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Write:
     """A tensor changed in place: what an error about saved tensors is explained with."""
 
