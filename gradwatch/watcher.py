@@ -142,7 +142,7 @@ class Watcher:
     Cost:
         On an unlogged step, passes over ``.grad`` alone: no kernel, no synchronization. On a logged one
         a fused norm and one copy to the host. A traced step (at most 10 a run) costs the
-        time of five small operations for each one.
+        time of three small operations for each operation, and of reading each gradient once.
 
     Example:
         >>> import torch
