@@ -22,7 +22,7 @@ from torch.autograd.function import BackwardCFunction
 
 from gradwatch import _frames, _source, _words, explain
 from gradwatch._calls import Kind, Wrapper
-from gradwatch._record import held_by, node_of
+from gradwatch._record import MADE, held_by, node_of, tensors_in
 from gradwatch.report import Diagnosis, Site, Status
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     _Find = Callable[["_Raised"], str | None]
 
 _log = logging.getLogger("gradwatch")
+_MOST_NODES = 100_000
+_BY_PLACE: dict[_Find, str] = {}
+"""Explanations that need nothing but the line that raised, with their words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,14 +162,49 @@ def _note(
         if words in message:
             if inspection is not None:
                 return find(_Raised(error, inspection, model))
-            if find in _ONLY_TRACED:
-                return None
-            kept = _kept_anywhere(model) if find is _twice else None
-            return _words.error_note("kept", *kept) if kept else _words.error_note("untraced", None)
+            return None if find in _ONLY_TRACED else _untraced(error, model, find)
     return None
 
 
-def _kept_anywhere(model: nn.Module) -> tuple[str, str] | None:
+def _untraced(error: Exception, model: nn.Module, find: _Find) -> str:
+    """Explain an error of a step that was not traced by its traceback, the model, and an earlier trace."""
+    kind = _BY_PLACE.get(find)
+    place = None if kind is None else _at(_last_of_user(error))
+    if kind is not None and place is not None:
+        return _words.error_note(kind, place)
+    if find in {_twice, _overwritten}:
+        made = _frames.site_of(_outlived(error))
+        kept = _kept_anywhere(model, made)
+        if kept is None and made is not None:
+            kept = f"{_words.place(made)} (made here)", ""
+        if kept is not None and (find is _twice or made is not None):
+            return _words.error_note("kept" if find is _twice else "outlived", *kept)
+    return _words.error_note("untraced", None)
+
+
+def _outlived(error: Exception) -> _frames.Place | None:
+    """Return where a tensor was made, in an earlier step that was traced, of the graph that a backward went over."""
+    todo: list[Any] = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        held = traceback.tb_frame.f_locals
+        given = [held.get(name) for name in ("self", "tensors", "outputs")]
+        todo = [node for tensor in tensors_in(given) if (node := node_of(tensor))] or todo
+        traceback = traceback.tb_next
+    seen: set[Any] = set()
+    while todo and len(seen) < _MOST_NODES:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        place: _frames.Place | None = node.metadata.get(MADE)
+        if place is not None:
+            return place
+        todo.extend(above for above, _ in node.next_functions if above is not None)
+    return None
+
+
+def _kept_anywhere(model: nn.Module, made: Site | None = None) -> tuple[str | None, str] | None:
     """Return the statement that keeps a tensor with a history on a module, and the name it has there."""
     for path, module in model.named_modules():
         for name, value in held_by(module):
@@ -175,7 +213,7 @@ def _kept_anywhere(model: nn.Module) -> tuple[str, str] | None:
                 statements = _source.keepings(type(module), name)
                 if statements:
                     full = f"{path}.{name}" if path else name
-                    return _statement(statements[0]), f" (`{full}`)"
+                    return _story(statements, made, None), f" (`{full}`)"
     return None
 
 
@@ -703,6 +741,7 @@ def _failing(kind: str) -> _Find:
         places = [*raised.callers_of(failed.place), failed.place]
         return _words.error_note(kind, functools.reduce(_both, map(_at, places)))
 
+    _BY_PLACE[find] = kind
     return find
 
 
@@ -710,16 +749,22 @@ def _raising(kind: str) -> _Find:
     """Explain an error by the user's own line that it passed last, where no call of torch's is known."""
 
     def find(raised: _Raised) -> str | None:
-        place = None
-        traceback = raised.error.__traceback__
-        while traceback is not None:
-            frame = traceback.tb_frame
-            if _frames.owner(frame.f_code) is _frames.Owner.USER:
-                place = _frames.Place(frame.f_code, traceback.tb_lasti)
-            traceback = traceback.tb_next
+        place = _last_of_user(raised.error)
         return None if place is None else _words.error_note(kind, _at(place))
 
+    _BY_PLACE[find] = kind
     return find
+
+
+def _last_of_user(error: Exception) -> _frames.Place | None:
+    """Return the user's own line that an error passed last."""
+    place, traceback = None, error.__traceback__
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if _frames.owner(frame.f_code) is _frames.Owner.USER:
+            place = _frames.Place(frame.f_code, traceback.tb_lasti)
+        traceback = traceback.tb_next
+    return place
 
 
 def _innermost(error: Exception) -> TracebackType | None:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 # in slots; what is rare is a default of the class below, until an instance is given a dictionary for it.
 
 
+MADE = "gradwatch made"
+"""Key of the place, in the metadata of an autograd node that outlived the pass in which it was made."""
 IN_BRIEF = 5
 """Items of an operation that is noted in brief."""
 

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from gradwatch._frames import Place
 from gradwatch._record import (
     IN_BRIEF,
+    MADE,
     Backward,
     Failed,
     Op,
@@ -79,8 +80,6 @@ _eager = 0
 _stance = ExitStack()
 _log = logging.getLogger("gradwatch")
 _is_grad_enabled, _places = torch.is_grad_enabled, _frames.PLACES
-MADE = "gradwatch made"
-"""Key of the place, in the metadata of an autograd node that outlived the pass in which it was made."""
 _TAKEN_OUT = frozenset(
     [
         "__iter__",

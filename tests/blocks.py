@@ -142,6 +142,6 @@ def _two_processes(arguments: list[str]) -> str:
         check=False,
         timeout=100,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, f"{done.returncode}: {done.stdout}{done.stderr}"
     # On a busy machine torch logs how long it waited: no part of what a page shows.
     return tidy(re.sub(r"^\[?[WIE]\d{4} .*\n", "", done.stderr, flags=re.MULTILINE))

@@ -1176,6 +1176,46 @@ def test_an_error_of_a_step_that_was_not_traced_is_explained_from_the_model():
     assert "`hidden`" in note
 
 
+def test_a_tensor_of_the_traced_step_is_found_again_in_one_that_is_not():
+    """What outlived the first step is named in the second, though no module keeps it and nothing is traced."""
+    model, memory = Net(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    with (
+        Watcher(model, optimizers=[optimizer]) as watcher,
+        pytest.raises(RuntimeError, match="second time") as caught,
+    ):
+        for _ in range(2):
+            with watcher.step():
+                memory.append(torch.tanh(model.enc(torch.ones(4, 3))))  # made here
+                model.head(torch.stack(memory)).mean().backward()
+                optimizer.step()
+
+    lines, first = inspect.getsourcelines(
+        test_a_tensor_of_the_traced_step_is_found_again_in_one_that_is_not
+    )
+    made = next(first + at for at, line in enumerate(lines) if line.endswith("# made here\n"))
+    (note,) = caught.value.__notes__
+    assert note.startswith("GradWatch: a tensor that an earlier backward has freed is kept")
+    assert f"test_raised.py:{made}: `" in note
+
+
+def test_an_untraced_error_that_its_line_explains_gets_its_note():
+    """Where the line that raised is the root, its note needs no trace."""
+    model = IndexedScalar()
+
+    with (
+        Watcher(model, {"trace": "never"}) as watcher,
+        pytest.raises(IndexError) as caught,
+        watcher.step(),
+    ):
+        model.run(torch.ones(4, 3))
+
+    (note,) = caught.value.__notes__
+    assert f"test_raised.py:{guilty_line(IndexedScalar)}: `" in note
+    assert ".item()" in note
+
+
 def test_an_untraced_error_without_a_clue_says_how_to_find_it():
     """Where nothing is known, the note names the way to find out."""
     model = SavedOutputChanged()
