@@ -159,8 +159,9 @@ class Passed:
             odd = next((size for size in sizes if not math.isfinite(size)), None)
             # Where a backward pass begins, it begins with ones.
             found[number, 0] = odd if odd is not None else max(sizes, default=1.0)
-            if found[number, 0] < 0.0 and waiting[number].name in _PLACE:
-                found[number, 0] = 0.0  # nothing, in the midst of zeros
+            came_empty = found[number, 0] < 0.0 and any(edge in self.sizes for edge in edges)
+            if came_empty and waiting[number].name in _PLACE:
+                found[number, 0] = 0.0  # no elements, in the midst of zeros
         return found
 
     def origin(self, leaf: int, *, zero: bool) -> Origin | None:
@@ -274,6 +275,7 @@ _ALONE = {(), (-1,)}
 """Children after the first of a node that has one alone."""
 _STRIDED = torch.strided
 _FEW = 16
+"""Elements up to which a list of them is quicker than a call of torch's."""
 _SMALL = 4096
 """Elements up to which no order of memory is worth looking for."""
 _ACCUMULATES = "torch::autograd::AccumulateGrad"
@@ -289,6 +291,7 @@ _PLACE = frozenset(
 )
 """Operations whose backward puts what it gets into the midst of zeros: to read it all tells nothing more."""
 _UNOBSERVED = _HAND_ON | {_ACCUMULATES}
+"""Nodes that get no hook in any pass."""
 
 
 def _is_zero(size: float) -> bool:

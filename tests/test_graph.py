@@ -60,6 +60,32 @@ def test_a_function_that_returns_none_withholds():
     assert passed.withholders(id(b)) == []
 
 
+def test_nothing_is_delivered_behind_a_piece_that_got_no_gradient():
+    """A slice whose gradient was withheld has handed on nothing, and one of no elements has handed on zeros."""
+    a, b, c = (nn.Parameter(torch.ones(3, 2)) for _ in range(3))
+    loss = ReturnsNone.apply(a[0] * 1, b[0] * 1).sum() + c[:0].sum()
+    passed = watched(loss)
+
+    assert [passed.delivered(id(leaf)) for leaf in (a, b, c)] == [False, True, True]
+
+
+def test_a_gradient_that_several_nodes_hand_on_is_read_once(monkeypatch):
+    """Of a sum, which hands the same gradient to both of its terms, one reading serves both."""
+    read: list[torch.Size] = []
+
+    def noted(gradient):
+        read.append(gradient.shape)
+        return _size(gradient)
+
+    monkeypatch.setattr("gradwatch._graph._size", noted)
+    a, b = nn.Parameter(torch.ones(100, 100)), nn.Parameter(torch.ones(100, 100))
+    passed = watched((torch.tanh(a).t() + torch.tanh(b).t()).square().sum())
+
+    (total,) = [n for n, node in enumerate(passed.nodes) if node.name == "AddBackward0"]
+    assert passed.sizes[total, 0] == passed.sizes[total, 1] > 0.0
+    assert len(read) == len(passed.sizes) - 1
+
+
 def test_the_origin_of_a_zero_is_where_a_gradient_first_was_one():
     """Of several zeros on the path the one nearest the loss is the origin."""
     a = nn.Parameter(torch.ones(2))
