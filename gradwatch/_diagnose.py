@@ -618,11 +618,11 @@ class Inspection(BackwardListener):
             # It ran out of sight, in TorchScript or a transform: its result was used first there.
             return Finding(cause, _frames.site_of(reader.place, reader.module))
         site = _frames.site_of(op.place, op.module)
+        found = Finding(cause, site, op.name)
         switched = None if op.grad_mode else _frames.site_of(self.trace.switch_before(op))
-        notes: tuple[str, ...] = ()
-        if cause is Cause.NO_GRAD and site and switched and switched.line != site.line:
-            notes = (_words.switched_off(switched),)
-        return Finding(cause, site, op.name, notes)
+        if cause is Cause.NO_GRAD and switched and (switched.file, switched.line) != _line(found):
+            found = replace(found, notes=(_words.switched_off(switched),))
+        return found
 
 
 _DEEPCOPY = Wrapper.DEEPCOPY.public_name

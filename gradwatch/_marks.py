@@ -30,6 +30,7 @@ from gradwatch._source import (
     last_name,
     own_nodes,
     owner_of,
+    root_of,
     span,
     span_of,
     targets_of,
@@ -976,13 +977,6 @@ def _key_of(node: ast.AST) -> Part:
     return ANY_KEY if key == EACH else key
 
 
-def _root(node: ast.AST) -> str:
-    """Return the name that a chain of attributes, items and calls begins with."""
-    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call, ast.Starred)):
-        node = node.func if isinstance(node, ast.Call) else node.value
-    return node.id if isinstance(node, ast.Name) else ""
-
-
 def _deciding(node: ast.AST) -> Sequence[ast.AST]:
     """Return the parts of an expression that decide which of the others it is."""
     found: Sequence[ast.AST] = ()
@@ -1149,14 +1143,14 @@ def _mutated(function_: Function) -> frozenset[str]:
     changed: set[str] = set()
     for node in ast.walk(function_):
         if isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, ast.Store):
-            changed.add(_root(node))
+            changed.add(root_of(node))
         elif isinstance(node, ast.Call):
             if isinstance(node.func, ast.Attribute):
-                changed.add(_root(node.func))
+                changed.add(root_of(node.func))
             if called(node) in _WRITERS or any(k.arg == "out" for k in node.keywords):
-                changed.update(map(_root, _arguments(node)))
+                changed.update(map(root_of, _arguments(node)))
         elif isinstance(node, ast.AugAssign):
-            changed.add(_root(node.target))
+            changed.add(root_of(node.target))
     return frozenset(changed)
 
 

@@ -26,13 +26,13 @@ from gradwatch._record import MADE, held_by, node_of, tensors_in
 from gradwatch.report import Diagnosis, Site, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
     from torch import nn
 
     from gradwatch._diagnose import Inspection
-    from gradwatch._record import Failed, Op, Value, Write
+    from gradwatch._record import Backward, Failed, Op, Value, Write
     from gradwatch._trace import Trace
 
     _Find = Callable[["_Raised"], str | None]
@@ -63,22 +63,23 @@ class _Raised:
     def failed(self) -> Failed | None:
         """The call of torch's that raised this very error, and none that the user has caught before."""
         failed = self.trace.failed
-        traceback = self.error.__traceback__
-        while failed is not None and failed.place is not None and traceback is not None:
-            at = traceback.tb_frame.f_code, traceback.tb_lasti
-            if at == failed.place[:2]:
-                return failed
-            traceback = traceback.tb_next
-        return None
+        if failed is None or failed.place is None:
+            return None
+        passed = ((entry.tb_frame.f_code, entry.tb_lasti) for entry in _entries(self.error))
+        return failed if failed.place[:2] in passed else None
+
+    @property
+    def asked(self) -> Backward | None:
+        """The backward pass that raised this very error, before it began or on its way."""
+        last = self.trace.backwards[-1] if self.trace.backwards else None
+        failed = self.failed
+        return (
+            last if last is not None and failed is not None and last.place == failed.place else None
+        )
 
     def callers_of(self, place: _frames.Place | None) -> list[_frames.Place]:
         """Return the calls that chose what an expression was given, the outermost first."""
-        stack: list[_frames.Place] = []
-        traceback = self.error.__traceback__
-        while traceback is not None:
-            if _frames.owner(traceback.tb_frame.f_code) is _frames.Owner.USER:
-                stack.append(_frames.Place(traceback.tb_frame.f_code, traceback.tb_lasti))
-            traceback = traceback.tb_next
+        stack = _users_own(self.error)
         while stack and place is not None and stack[-1][:2] != place[:2]:
             stack.pop()
         found: list[_frames.Place] = []
@@ -185,12 +186,10 @@ def _untraced(error: Exception, model: nn.Module, find: _Find) -> str:
 def _outlived(error: Exception) -> _frames.Place | None:
     """Return where a tensor was made, in an earlier step that was traced, of the graph that a backward went over."""
     todo: list[Any] = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        held = traceback.tb_frame.f_locals
+    for entry in _entries(error):
+        held = entry.tb_frame.f_locals
         given = [held.get(name) for name in ("self", "tensors", "outputs")]
         todo = [node for tensor in tensors_in(given) if (node := node_of(tensor))] or todo
-        traceback = traceback.tb_next
     seen: set[Any] = set()
     while todo and len(seen) < _MOST_NODES:
         node = todo.pop()
@@ -225,16 +224,11 @@ def _no_history(raised: _Raised) -> str | None:
     inner = _in_a_backward(raised.error)
     if inner is not None:
         return _words.error_note("grad_in_backward", inner)
-    failed, asked = raised.failed, raised.trace.backwards
-    if (
-        failed is not None
-        and asked
-        and not asked[-1].accumulates
-        and asked[-1].place == failed.place
-    ):
-        cut = raised.cut_of(failed.read)
+    asked = raised.asked
+    if asked is not None and not asked.accumulates:
+        cut = raised.cut_of(asked.roots)
         if cut is not None:
-            return _words.error_note("output_without_history", _both(cut, _at(failed.place)))
+            return _words.error_note("output_without_history", _both(cut, _at(asked.place)))
     inspection = raised.inspection
     parameters = inspection.parameters
     wanting = [name for name, parameter in parameters.items() if parameter.requires_grad]
@@ -249,16 +243,15 @@ def _no_history(raised: _Raised) -> str | None:
 
 def _in_a_backward(error: Exception) -> str | None:
     """Return where the ``backward`` of a Function asked for gradients, and where it computed what from."""
-    places, traceback = [], error.__traceback__
-    while traceback is not None:
-        code = traceback.tb_frame.f_code
-        first = traceback.tb_frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    places = []
+    for entry in _entries(error):
+        code = entry.tb_frame.f_code
+        first = entry.tb_frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         if isinstance(first, BackwardCFunction) and code.co_name == "backward":
-            places.append(_frames.Place(code, traceback.tb_lasti))
-        traceback = traceback.tb_next
+            places.append(_frames.Place(code, entry.tb_lasti))
     if not places:
         return None
-    made = _source.given(places[-1][:2])
+    made = _source.first_argument(places[-1][:2])
     return _both(None if made is None else _statement(made), _at(places[-1]))
 
 
@@ -756,23 +749,31 @@ def _raising(kind: str) -> _Find:
     return find
 
 
+def _entries(error: Exception) -> Iterator[TracebackType]:
+    """Yield the entries of a traceback, the outermost first."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        yield traceback
+        traceback = traceback.tb_next
+
+
+def _users_own(error: Exception) -> list[_frames.Place]:
+    """Return the user's own lines that an error passed, the outermost first."""
+    return [
+        _frames.Place(entry.tb_frame.f_code, entry.tb_lasti)
+        for entry in _entries(error)
+        if _frames.owner(entry.tb_frame.f_code) is _frames.Owner.USER
+    ]
+
+
 def _last_of_user(error: Exception) -> _frames.Place | None:
     """Return the user's own line that an error passed last."""
-    place, traceback = None, error.__traceback__
-    while traceback is not None:
-        frame = traceback.tb_frame
-        if _frames.owner(frame.f_code) is _frames.Owner.USER:
-            place = _frames.Place(frame.f_code, traceback.tb_lasti)
-        traceback = traceback.tb_next
-    return place
+    return next(reversed(_users_own(error)), None)
 
 
 def _innermost(error: Exception) -> TracebackType | None:
     """Return the last entry of a traceback: where the error was raised."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback
+    return next(reversed(list(_entries(error))), None)
 
 
 def _local(error: Exception, name: str) -> Tensor | None:
@@ -800,8 +801,7 @@ def _without_history(kind: str) -> _Find:
         failed = raised.failed
         if failed is None:
             return _raising(kind)(raised)
-        asked = raised.trace.backwards[-1] if raised.trace.backwards else None
-        read = failed.read if asked is None or asked.place != failed.place else asked.wanted
+        read = failed.read if raised.asked is None else raised.asked.wanted
         places = [*raised.callers_of(failed.place), failed.place]
         given = functools.reduce(_both, map(_at, places))
         return _words.error_note(kind, _both(raised.cut_of((*read, *failed.read)), given))

@@ -272,13 +272,13 @@ def returned(code: CodeType) -> Statement | None:
     return None if last is None else _statements(code.co_filename, [last])[0]
 
 
-def given(step: Step) -> Statement | None:
-    """Return the assignment of the name that a call is given first, in the same function."""
+def first_argument(step: Step) -> Statement | None:
+    """Return the statement that assigned the name which a call is given first, in the same function."""
     inside = function(step[0])
     read = None if inside is None else expression(step, inside)
     if inside is None or not isinstance(read, ast.Call) or not read.args:
         return None
-    name = _root(read.args[0])
+    name = root_of(read.args[0])
     found = [
         node
         for node in own_nodes(inside)
@@ -290,9 +290,9 @@ def given(step: Step) -> Statement | None:
     return statements[0] if statements else None
 
 
-def _root(node: ast.AST) -> str:
-    """Return the name at the beginning of ``y.sum()``, ``y[0]`` and the like."""
-    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
+def root_of(node: ast.AST) -> str:
+    """Return the name that a chain of attributes, items and calls begins with."""
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call, ast.Starred)):
         node = node.func if isinstance(node, ast.Call) else node.value
     return node.id if isinstance(node, ast.Name) else ""
 

@@ -850,9 +850,9 @@ class Trace(Record):
         op.inputs = (*op.inputs, *read)
         targets_before = call.targets or frozenset((shape_of(target), None) for target in targets)
         op.kept = dict(self._rewrite(target, op) for target in targets)
-        inside = op.inner is not None
-        name_ = _calls.public_name(op.func) if inside else op.name
-        write = Write(op.inner or op.place, targets_before, version_of(tensor), name_)
+        inside = op.inner is not None  # of a Function, say, whose call is the operation's place
+        operation = _calls.public_name(op.func) if inside else op.name
+        write = Write(op.inner or op.place, targets_before, version_of(tensor), operation)
         write.around = op.place if inside else None
         write.before, write.made = tuple(op.kept.values()), tuple(op.kept)
         self.writes.append(write)
