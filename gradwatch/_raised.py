@@ -514,7 +514,9 @@ def _is_named(node: str | None, other: str | None) -> bool:
 
 
 def _stem(node: str) -> str:
-    return re.sub(r"(?:Backward)?0?$", "", re.sub(r"Backward(?=[1-9]\d*$)", "", node))
+    """Return a node's name as torch's messages have it: `Add` for `AddBackward0`, `Clamp1` for `ClampBackward1`."""
+    name, found, number = node.rpartition("Backward")
+    return f"{name}{number.removeprefix('0')}" if found else node
 
 
 def _view_without_history(raised: _Raised) -> str | None:
@@ -573,7 +575,8 @@ def _without_derivative(raised: _Raised) -> str | None:
     # An inner operation of another name: the node of the graph is named after it.
     camel = wanted.replace("_", "").removesuffix("backward")
     for node in (node for passed in raised.inspection.passes for node in passed.nodes):
-        if camel and node.tag >= 0 and _stem(node.name).lower() == camel:
+        name = node.name.rpartition("Backward")[0]
+        if camel and node.tag >= 0 and name.lower() == camel:
             return _words.error_note("no_derivative", _at(ops[node.tag].place))
     return _failing("no_derivative")(raised)
 
