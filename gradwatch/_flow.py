@@ -86,15 +86,22 @@ class _Follower:
         self.names = tuple(names)
         self.bits = {name: 1 << position for position, name in enumerate(self.names)}
         self.roots = set(roots)
+        toggled = {name for name in names if trace.read_flags.get(name)}
+        self.own: dict[int, str] = {
+            number: value.parameter
+            for number, value in enumerate(self.values)
+            if value.parameter in self.bits and not (value.frozen and value.parameter in toggled)
+        }
+        """The parameters' own values, but for those of a pass in which one was frozen for a while."""
         self.live = [0] * len(self.values)
         self.dead = [0] * len(self.values)
         self.distance = [_FAR] * len(self.values)
         self.joins = [_FAR] * len(self.values)
 
     def flow(self) -> Flow:
-        for number, value in enumerate(self.values):
-            if value.parameter in self.bits and value.producer is None:
-                self.live[number] = self.bits[value.parameter]
+        for number, name in self.own.items():
+            if self.values[number].producer is None:
+                self.live[number] = self.bits[name]
         for op in self.ops:
             self._forwards(op)
         self._distances()
@@ -199,14 +206,9 @@ class _Follower:
         return None
 
     def _find_reads(self, flow: Flow) -> None:
-        wanted = {
-            number: value.parameter
-            for number, value in enumerate(self.values)
-            if value.parameter in self.bits
-        }
         for op in self.ops:
             for number in op.inputs:
-                name = wanted.get(number)
+                name = self.own.get(number)
                 if name is not None:
                     flow.reads.setdefault(name, []).append(op)
 

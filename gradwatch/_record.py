@@ -43,6 +43,8 @@ class _RareOfValue:
 
     parameter: str | None = None
     """Name of the parameter whose content it is."""
+    frozen: bool | None = None
+    """Whether that parameter required no grad when it was read; None where it was not read."""
     attribute: tuple[str, str] | None = None
     """Path of the module and name of the attribute that held it before the pass began."""
     label: str | None = None

@@ -474,14 +474,26 @@ class Trace(Record):
         if value is None:
             return entry.value
         if value.parameter is not None:
-            wants = tensor.requires_grad
-            value.tracked = value.tracked or wants
-            self.read_flags[value.parameter] = wants or self.read_flags.get(value.parameter, False)
-        elif not value.tracked and tensor.requires_grad:
+            return self._read_parameter(tensor, value, entry)
+        if not value.tracked and tensor.requires_grad:
             node = node_of(tensor)
             return (
                 self._put_over(tensor, entry) if node is None else self._adopt(tensor, node, entry)
             )
+        return entry.value
+
+    def _read_parameter(self, tensor: Tensor, value: Value, entry: _Entry) -> int:
+        name, wants = value.parameter, tensor.requires_grad
+        if name is None:
+            return entry.value
+        if value.frozen is wants and value.producer is None:
+            # Frozen for one pass of a step and not for the other: each pass has a value of its own.
+            entry.value, value = len(self.values), Value()
+            self.values.append(value)
+            self._ask_about(tensor, name, value)
+        value.frozen = not wants
+        value.tracked = value.tracked or wants
+        self.read_flags[name] = wants or self.read_flags.get(name, False)
         return entry.value
 
     def _put_over(self, tensor: Tensor, entry: _Entry) -> int:

@@ -1506,6 +1506,33 @@ class SecondBackwardForOthers(Case):
         last.backward(inputs=list(self.enc.parameters()))  # <- here
 
 
+class FrozenForOnePass(Case):
+    """A GAN's step: what runs while parameters are frozen for the other optimizer cuts nothing off."""
+
+    expect = {"detached": ENC}
+
+    def forward(self, x):
+        self.enc.requires_grad_(requires_grad=False)
+        other = self.head(self.enc(x)).mean()
+        self.enc.requires_grad_()
+        h = self.enc(x).detach()  # <- here
+        return other, self.head(h).relu().mean()
+
+    def backward(self, loss):
+        sum(loss).backward()
+
+
+class ThawedAfterOnePass(FrozenForOnePass):
+    """The other way round: the pass with gradients comes first."""
+
+    def forward(self, x):
+        h = self.head(self.enc(x).detach()).mean()  # <- here
+        self.enc.requires_grad_(requires_grad=False)
+        other = self.head(self.enc(x)).mean()
+        self.enc.requires_grad_()
+        return h, other
+
+
 class StackedInInit(Case):
     """The values of a submodule are taken by the module around it, before the pass."""
 
