@@ -274,6 +274,7 @@ _is_grad_enabled, _INFINITE = torch.is_grad_enabled, math.inf
 _ALONE = {(), (-1,)}
 """Children after the first of a node that has one alone."""
 _STRIDED = torch.strided
+_BLAS = frozenset([torch.float32, torch.float64])
 _FEW = 16
 """Elements up to which a list of them is quicker than a call of torch's."""
 _SMALL = 4096
@@ -612,11 +613,22 @@ def _size(gradient: Tensor) -> float | Tensor:
         return torch.maximum(most, -least)
     if count > _SMALL:
         gradient = _contiguous(gradient)
-        total: float = abs(_sum(gradient).item())  # see NOTE [No small tensors]
+        total: float = abs(_total(gradient).item())  # see NOTE [No small tensors]
         if 0.0 < total < math.inf:
             return total
     least, most = torch.aminmax(gradient)
     return max(abs(least.item()), abs(most.item()))
+
+
+def _total(gradient: Tensor) -> Tensor:
+    """Return a number that is positive and finite for hardly anything but a good gradient, read as fast as can be.
+
+    The sum of the squares is read twice as fast as the sum where BLAS computes it, and nothing cancels.
+    """
+    if gradient.dtype in _BLAS and gradient.is_contiguous():
+        flat = gradient.view(-1)
+        return torch.dot(flat, flat)
+    return _sum(gradient)
 
 
 def _contiguous(gradient: Tensor) -> Tensor:
