@@ -12,12 +12,14 @@ from __future__ import annotations
 import copy
 import linecache
 import sys
+import weakref
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import resolve_name
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -204,6 +206,8 @@ class Wrapper(Enum):
     """Of an object with tensors in it."""
     DEEPCOPY_TENSOR = auto()
     """Of one tensor."""
+    LOAD = auto()
+    """Of the values of one module into another: ``load_state_dict``."""
 
     @property
     def public_name(self) -> str:
@@ -212,12 +216,14 @@ class Wrapper(Enum):
             Wrapper.CUSTOM_FUNCTION: "torch.autograd.Function.apply",
             Wrapper.REENTRANT_CHECKPOINT: "torch.utils.checkpoint.checkpoint",
             Wrapper.SAMPLE: "torch.distributions.Distribution.sample",
+            Wrapper.LOAD: "torch.nn.Module.load_state_dict",
         }.get(self, "copy.deepcopy")
 
 
 # Code objects rather than names: a user's own function called `forward` is none of these.
 _CHECKPOINT: CodeType = CheckpointFunction.forward.__code__
 _DEEPCOPY: CodeType = copy.deepcopy.__code__
+_LOAD: CodeType = torch.nn.Module.load_state_dict.__code__
 _FORWARDS: dict[int, tuple[bool, CodeType]] = {}  # see NOTE [Codes by id]
 
 
@@ -238,8 +244,10 @@ def _is_function_forward(code: CodeType) -> bool:
 
 def find_wrapper(
     frame: FrameType | None, off_depth: int | None
-) -> tuple[Wrapper, Place | None] | None:
-    """Return the outermost call that owns what runs in a frame, and where the user called it.
+) -> tuple[Wrapper, Place | None, weakref.ref[Any] | None] | None:
+    """Return the outermost call that owns what runs in a frame, where the user called it, and its identity.
+
+    Only the call of a Function has one: the reference to its ``ctx`` is the same object for all that it owns.
 
     Args:
         frame: The frame of the operation.
@@ -255,6 +263,8 @@ def find_wrapper(
         elif code is _DEEPCOPY:
             copies += 1
             found = (Wrapper.DEEPCOPY if copies > 1 else Wrapper.DEEPCOPY_TENSOR, frame)
+        elif code is _LOAD:
+            found = (Wrapper.LOAD, frame)
         elif code.co_name == "forward" and _is_function_forward(code):
             found = (Wrapper.CUSTOM_FUNCTION, frame)
         elif code.co_name in {"sample", "sample_n"} and _frames.is_distribution(code):
@@ -265,7 +275,10 @@ def find_wrapper(
     kind, outer = found
     if not copies and off_depth is not None and off_depth < _frames.depth(outer):
         return None
-    return kind, _frames.here(outer.f_back)
+    code = outer.f_code
+    ctx = outer.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    call = weakref.ref(ctx) if isinstance(ctx, BackwardCFunction) else None
+    return kind, _frames.here(outer.f_back), call
 
 
 _NO_SCRIPT: dict[int, CodeType] = {}  # see NOTE [Codes by id]

@@ -45,6 +45,7 @@ _WRAPPED = {
     Wrapper.SAMPLE: Cause.NON_DIFFERENTIABLE,
     Wrapper.DEEPCOPY: Cause.REPLACED,
     Wrapper.DEEPCOPY_TENSOR: Cause.DETACHED,
+    Wrapper.LOAD: Cause.REPLACED,
 }
 
 
@@ -379,6 +380,11 @@ class Inspection(BackwardListener):
             return self._at(Cause.LEFT_TORCH, leaves)
         if op.kind is Kind.REWRAP and op.place is None:
             return self._wrapped(cause, op)
+        reader = self._first_reader(op) if op.kind is Kind.SEVER else None
+        if reader is not None and reader.wrapper is Wrapper.LOAD:
+            return self._at(
+                Cause.REPLACED, reader
+            )  # `state_dict()` detaches what is loaded elsewhere
         return self._at(cause, op)
 
     def _wrapped(self, cause: Cause, op: Op) -> Finding:

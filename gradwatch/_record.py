@@ -69,6 +69,8 @@ class _RareOfOp:
     __slots__ = ()
 
     wrapper: Wrapper | None = None
+    call: weakref.ref[Any] | None = None
+    """What tells that call of the wrapper from others."""
     inner: Place | None = None
     """Where it ran, when ``place`` is where the user called its wrapper."""
     around: Place | None = None

@@ -515,17 +515,15 @@ class Trace(Record):
             None if made is None else made.place,
         )
         op.wrapper = Wrapper.CUSTOM_FUNCTION if made is None else made.wrapper
-        if op.wrapper is Wrapper.REENTRANT_CHECKPOINT:
-            self._open_checkpoint(op.place)
+        if made is not None and made.wrapper is Wrapper.REENTRANT_CHECKPOINT:
+            self._open_checkpoint(made.call)
         entry.value = self._produce(tensor, op)
         return entry.value
 
-    def _open_checkpoint(self, place: Place | None) -> None:
+    def _open_checkpoint(self, call: Any) -> None:
         """Take what ran inside a checkpoint that works as what it is: backward will run it again."""
         for op in self.ops:
-            if op.wrapper is not Wrapper.REENTRANT_CHECKPOINT or op.place != place:
-                continue
-            if op.kind is Kind.LINK:
+            if op.wrapper is not Wrapper.REENTRANT_CHECKPOINT or op.call is not call:
                 continue
             op.wrapper, op.around, op.place, op.grad_mode = None, op.place, op.inner, True
             if op.kind is Kind.PLAIN and any(self.values[n].tracked for n in op.inputs):
@@ -783,7 +781,7 @@ class Trace(Record):
             found = find_wrapper(frame, self._grad_off_depth)
             if found is not None:
                 op.inner = op.place
-                op.wrapper, op.place = found
+                op.wrapper, op.place, op.call = found
         if call.plain is not None:
             direct = _frames.is_call_from(frame, call.func, op.place)
             op.plain = call.plain if direct or not call.plain else None

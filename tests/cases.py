@@ -442,6 +442,35 @@ class CheckpointOfData(Case):
         return self.head(h).mean()
 
 
+class OneCheckpointOfTwo(Case):
+    """Two calls from one line: that one of them works says nothing of the other."""
+
+    expect = {"reentrant_checkpoint": ENC}
+
+    def again(self, module, x):
+        return checkpoint(module, x, use_reentrant=True)  # <- here
+
+    def forward(self, x):
+        h = self.again(self.enc, x)
+        return self.again(self.head, h.requires_grad_()).mean()
+
+
+class CheckpointInALoop(Case):
+    """The second call follows the first at once, and works for what comes to it besides the first's result."""
+
+    expect = {"reentrant_checkpoint": ENC}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        steps = [(lambda h, _: self.enc(h), x), (lambda h, s: self.head(h * s), self.scale)]
+        for step, other in steps:
+            x = checkpoint(step, x, other, use_reentrant=True)  # <- here
+        return x.mean()
+
+
 # cleared and not_requested -------------------------------------------------------------------------
 
 
@@ -1531,6 +1560,26 @@ class ThawedAfterOnePass(FrozenForOnePass):
         other = self.head(self.enc(x)).mean()
         self.enc.requires_grad_()
         return h, other
+
+
+class LoadedIntoAnother(Case):
+    """A module that is made anew in every pass, and given the values of the registered one."""
+
+    expect = {"replaced": ENC}
+
+    def forward(self, x):
+        enc = nn.Linear(3, 3)
+        enc.load_state_dict(self.enc.state_dict())  # <- here
+        return self.head(enc(x)).mean()
+
+
+class LoadedOfAFilteredMapping(LoadedIntoAnother):
+    """The parameters themselves are loaded: nothing but the call drops their history."""
+
+    def forward(self, x):
+        enc = nn.Linear(3, 3)
+        enc.load_state_dict(dict(self.enc.named_parameters()))  # <- here
+        return self.head(enc(x)).mean()
 
 
 class StackedInInit(Case):
