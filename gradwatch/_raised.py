@@ -22,7 +22,7 @@ from torch.autograd.function import BackwardCFunction
 
 from gradwatch import _frames, _source, _words, explain
 from gradwatch._calls import Kind, Wrapper
-from gradwatch._record import MADE, held_by, node_of, tensors_in
+from gradwatch._record import MADE, held_by, node_of, result_of, tensors_in
 from gradwatch.report import Diagnosis, Site, Status
 
 if TYPE_CHECKING:
@@ -113,9 +113,20 @@ class _Raised:
             if frozen:
                 return _at(frozen[0])
             if any(trace.values[n].tracked for n in op.inputs):
-                return _at(op.place)
+                return _listed(_at(op.place), self.switched_off(op))
             todo.extend(op.inputs)
         return None
+
+    def switched_off(self, op: Op) -> str | None:
+        """Return where gradients, or inference mode, were switched for an operation that ran without them."""
+        if op.grad_mode:
+            return None
+        switch = self.trace.switch_before(op)
+        for step in () if switch is not None else op.stack:
+            found = _source.surrounding(step, "inference_mode")
+            if found is not None:
+                return _as("gradients are off in there", _statement(found))
+        return _as("gradients are off from here on", _at(switch))
 
     def maker_of(self, number: int) -> Op | None:
         """Return the operation that made a value, where it ran in this step."""
@@ -185,11 +196,7 @@ def _untraced(error: Exception, model: nn.Module, find: _Find) -> str:
 
 def _outlived(error: Exception) -> _frames.Place | None:
     """Return where a tensor was made, in an earlier step that was traced, of the graph that a backward went over."""
-    todo: list[Any] = []
-    for entry in _entries(error):
-        held = entry.tb_frame.f_locals
-        given = [held.get(name) for name in ("self", "tensors", "outputs")]
-        todo = [node for tensor in tensors_in(given) if (node := node_of(tensor))] or todo
+    todo = _begun_at(error)
     seen: set[Any] = set()
     while todo and len(seen) < _MOST_NODES:
         node = todo.pop()
@@ -201,6 +208,16 @@ def _outlived(error: Exception) -> _frames.Place | None:
             return place
         todo.extend(above for above, _ in node.next_functions if above is not None)
     return None
+
+
+def _begun_at(error: Exception) -> list[Any]:
+    """Return the nodes of the tensors that the call which raised was given: what a backward began at."""
+    nodes: list[Any] = []
+    for entry in _entries(error):
+        held = entry.tb_frame.f_locals
+        given = [held.get(name) for name in ("self", "tensors", "outputs")]
+        nodes = [node for tensor in tensors_in(given) if (node := node_of(tensor))] or nodes
+    return nodes
 
 
 def _kept_anywhere(model: nn.Module, made: Site | None = None) -> tuple[str | None, str] | None:
@@ -277,13 +294,16 @@ def _twice(raised: _Raised) -> str | None:
         return _words.error_note("kept", *kept)
     places = [_at(backward.place) for backward in raised.trace.backwards]
     if len(places) > 1:
-        both = _both(_shared(raised.trace), f"{places[-2]} (the earlier one)\n  --> {places[-1]}")
-        return _words.error_note("twice", both)
+        earlier = f"{places[-2]} (the earlier one)"
+        return _words.error_note("twice", _listed(*_shared(raised.trace), earlier, places[-1]))
     return _words.error_note("twice", places[-1]) if places else None
 
 
-def _shared(trace: Trace) -> str | None:
-    """Return the last operation that both of the last two backward passes went through, if it is no root."""
+def _shared(trace: Trace) -> tuple[str | None, str | None]:
+    """Return the last operation that both of the last two backward passes went through, if it is no root.
+
+    And the one through which the earlier pass came to it, when it can be cut off there.
+    """
     first, second = (_behind(trace, backward.roots) for backward in trace.backwards[-2:])
     common = first & second
     roots = {number for backward in trace.backwards for number in backward.roots}
@@ -293,9 +313,25 @@ def _shared(trace: Trace) -> str | None:
         default=None,
     )
     if last is None or not roots.isdisjoint(last.outputs):
-        return None
-    place = _at(last.place)
-    return None if place is None else f"{place} (computed once, used by both)"
+        return None, None
+    taken = next(
+        (
+            op
+            for op in trace.ops[last.index :]
+            if not first.difference(second).isdisjoint(op.outputs)
+            and not set(last.outputs).isdisjoint(op.inputs)
+        ),
+        None,
+    )
+    used = None if taken is None else _as("goes into the earlier one here", _at(taken.place))
+    return _as("computed once, used by both", _given_to(last.place)), used
+
+
+def _given_to(place: _frames.Place | None) -> str | None:
+    """Return a place, and before it the only call of a function that computes from its arguments alone there."""
+    chosen = place is not None and _source.is_of_arguments(place[:2])
+    call = _source.only_call(place.code) if place is not None and chosen else None
+    return _listed(None if call is None else _statement(call), _at(place))
 
 
 def _behind(trace: Trace, roots: Iterable[int]) -> set[int]:
@@ -522,11 +558,16 @@ def _stem(node: str) -> str:
 def _view_without_history(raised: _Raised) -> str | None:
     """Explain a write into a view that was made while gradient mode was off, by the making of the view."""
     failed = raised.failed
-    made = [raised.maker_of(n) for n in failed.read[:1]] if failed is not None else []
-    if failed is None or not made or made[0] is None:
+    made = raised.maker_of(failed.read[0]) if failed is not None and failed.read else None
+    while (
+        made is not None and made.kind is Kind.REWRAP
+    ):  # since a write into its base it wants a gradient
+        made = raised.maker_of(made.inputs[0])
+    if failed is None or made is None:
         return _failing("view_without_history")(raised)
-    both = _both(f"{_at(made[0].place)} (the view)", _at(failed.place))
-    return _words.error_note("view_without_history", both)
+    view = _as("the view", _at(made.place))
+    places = _listed(view, raised.switched_off(made), _at(failed.place))
+    return _words.error_note("view_without_history", places)
 
 
 # Derivatives that do not exist ----------------------------------------------------------------------
@@ -594,51 +635,58 @@ def _without_formula(raised: _Raised) -> str | None:
 # What backward starts from, and is asked for --------------------------------------------------------
 
 
-def _loss_made_by(kind: str) -> _Find:
-    """Explain a loss of the wrong kind by the operation that made it."""
+def _loss_made_by(
+    kind: str,
+    is_odd: Callable[[tuple[int, ...], torch.dtype], bool],
+    through: frozenset[str] = frozenset(),
+) -> _Find:
+    """Explain a loss of the wrong kind by the operation that made it so.
+
+    Args:
+        kind: Which words to use.
+        is_odd: Tells by shape and dtype whether a tensor has what is wrong with the loss.
+        through: Operations besides those on single elements that hand it on.
+    """
+    handing_on = _ELEMENTWISE | through
 
     def find(raised: _Raised) -> str | None:
-        trace = raised.trace
-        for backward in trace.backwards[-1:]:
-            for root in backward.roots:
-                maker = raised.maker_of(root)
-                if maker is not None:
-                    shaped = _at(_behind_elementwise(maker, raised).place)
-                    made = _both(shaped, _at(maker.place))
-                    return _words.error_note(kind, _both(made, _at(backward.place)))
-        return _failing(kind)(raised)
+        asked = raised.asked
+        roots = _begun_at(raised.error)
+        made = [op for node in roots for op in _made_odd(node, is_odd, handing_on, raised)]
+        if asked is None or not made:
+            return _failing(kind)(raised)
+        shaped = [_at(op.place) for op in reversed(made)]
+        return _words.error_note(kind, _listed(shaped[0], shaped[-1], _at(asked.place)))
 
     return find
 
 
 _ELEMENTWISE = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "true_divide",
-        "truediv",
-        "neg",
-        "clone",
-        "contiguous",
-        "to",
-        "float",
-        "double",
-        "half",
-    ]
+    "add sub rsub mul div true_divide truediv neg clone contiguous to float double half".split()  # noqa: SIM905
 )
 
 
-def _behind_elementwise(op: Op, raised: _Raised) -> Op:
-    """Return the operation that gave a loss its shape: what scales one, or adds a constant, did not."""
-    while op.name.rpartition(".")[2].strip("_") in _ELEMENTWISE:
-        tracked = [n for n in op.inputs if raised.trace.values[n].tracked]
-        before = raised.maker_of(tracked[0]) if len(tracked) == 1 else None
-        if before is None:
-            break
-        op = before
-    return op
+def _made_odd(
+    node: Any,
+    is_odd: Callable[[tuple[int, ...], torch.dtype], bool],
+    handing_on: frozenset[str],
+    raised: _Raised,
+) -> Iterator[Op]:
+    """Yield the operation that made a loss, and those from which it has what is odd about it, the last one at first.
+
+    What scales a loss or adds to it has not made it a vector, nor a complex number.
+    """
+    while node is not None:
+        tag = node.metadata.get(raised.trace.tag)
+        if tag is None:
+            return
+        op = raised.trace.ops[tag]
+        yield op
+        above = [up for up, _ in node.next_functions if up is not None]
+        known = {up: made for up in above if (made := result_of(up)) is not None}
+        odd = [up for up in above if up in known and is_odd(*known[up])]
+        is_through = op.name.rpartition(".")[2].strip("_") in handing_on
+        node = odd[0] if is_through and len(odd) == 1 else None
 
 
 def _not_in_graph(raised: _Raised) -> str | None:
@@ -648,9 +696,7 @@ def _not_in_graph(raised: _Raised) -> str | None:
     if note is None or not trace.backwards:
         return note
     asked = trace.backwards[-1]
-    makers = [raised.maker_of(number) for number in asked.wanted]
-    values = trace.values
-    makers = [m for m in makers if m is not None and any(values[n].tracked for n in m.inputs)]
+    makers = [raised.maker_of(n) for n in asked.wanted if trace.values[n].tracked]
     for cut in raised.inspection.cuts_between(asked.wanted, asked.roots):
         if cut.site is not None:
             both = _both(_words.place(cut.site), _at(asked.place))
@@ -681,9 +727,9 @@ def _inference(raised: _Raised) -> str | None:
         made = raised.maker_of(made.inputs[0])  # a view of it that was made outside
     if failed is None or made is None or made.grad_mode:
         return _failing("inference")(raised)
-    return _words.error_note(
-        "inference", _both(f"{_at(made.place)} (made here)", _at(failed.place))
-    )
+    came = _as("made here", _at(made.place))
+    places = _listed(came, raised.switched_off(made), _at(failed.place))
+    return _words.error_note("inference", places)
 
 
 def _no_leaf(raised: _Raised) -> str | None:
@@ -712,16 +758,33 @@ def _hooked(raised: _Raised) -> str | None:
 
 
 def _recomputed(raised: _Raised) -> str | None:
-    """Explain a checkpoint whose second run differed by the only call of one in the model's classes."""
-    classes = {type(module) for module in raised.model.modules()}
+    """Explain a checkpoint whose second run differed: by what it changes inside, and by the only call of one."""
+    modules = dict(raised.model.named_modules())
     calls = {
         _statement(statement)
-        for cls in classes
+        for cls in {type(module) for module in modules.values()}
         if not cls.__module__.startswith("torch.")
         for name in ("checkpoint", "checkpoint_sequential")
         for statement in _source.calls_of(cls, name)
     }
-    return _words.error_note("recomputed", calls.pop()) if len(calls) == 1 else None
+    call = calls.pop() if len(calls) == 1 else None
+    again = [type(modules[path]) for path in reversed(raised.trace.rerun) if path in modules]
+    changes = _source.changes_of_state(dict.fromkeys(again))
+    change = _as("changes what the next run finds", _statement(changes[0])) if changes else None
+    return _words.error_note("recomputed", _listed(change, call)) if change or call else None
+
+
+def _vector(raised: _Raised) -> str | None:
+    """Explain a function given to ``torch.func`` that returns several elements by the last thing that it did."""
+    place = _last_of_user(raised.error)
+    last = next((op for op in reversed(raised.trace.ops) if op.place is not None), None)
+    made = None if last is None else _as("the last operation in it", _at(last.place))
+    return (
+        None if place is None else _words.error_note("func_of_a_vector", _listed(made, _at(place)))
+    )
+
+
+_BY_PLACE[_vector] = "func_of_a_vector"
 
 
 # Where it failed ------------------------------------------------------------------------------------
@@ -806,8 +869,10 @@ def _without_history(kind: str) -> _Find:
             return _raising(kind)(raised)
         read = failed.read if raised.asked is None else raised.asked.wanted
         places = [*raised.callers_of(failed.place), failed.place]
-        given = functools.reduce(_both, map(_at, places))
-        return _words.error_note(kind, _both(raised.cut_of((*read, *failed.read)), given))
+        makers = (raised.maker_of(n) for n in read if not raised.trace.values[n].tracked)
+        made = next((_at(op.place) for op in makers if op is not None), None)
+        cut = raised.cut_of((*read, *failed.read))
+        return _words.error_note(kind, _listed(cut, _as("made here", made), *map(_at, places)))
 
     return find
 
@@ -817,6 +882,21 @@ def _both(first: str | None, second: str | None) -> str | None:
     if first is None or second is None or first == second:
         return first or second
     return f"{first}\n  --> {second}"
+
+
+def _as(role: str, place: str | None) -> str | None:
+    """Return a place with what it has to do with the error."""
+    return None if place is None else f"{place} ({role})"
+
+
+def _listed(*places: str | None) -> str | None:
+    """Return the places of a note, the root first; one that stands there already, whatever its part, is left out."""
+    lines: list[str] = []
+    for place in places:
+        for line in () if place is None else place.split("\n  --> "):
+            if not any(known.startswith(line.rpartition("`")[0]) for known in lines):
+                lines.append(line)
+    return "\n  --> ".join(lines) or None
 
 
 def _statement(statement: _source.Statement) -> str:
@@ -837,8 +917,16 @@ _KINDS: tuple[tuple[str, _Find], ...] = (
     ("a leaf Variable that requires grad is being used in an in-place", _failing("leaf_in_place")),
     ("a view of a leaf Variable that requires grad", _failing("leaf_in_place")),
     ("invalid index of a 0-dim tensor", _failing("index_of_scalar")),
-    ("can be implicitly created only for scalar outputs", _loss_made_by("not_scalar")),
-    ("can be implicitly created only for real scalar outputs", _loss_made_by("complex_loss")),
+    (
+        "can be implicitly created only for scalar outputs",
+        _loss_made_by("not_scalar", lambda shape, _: math.prod(shape) > 1),
+    ),
+    (
+        "can be implicitly created only for real scalar outputs",
+        _loss_made_by(
+            "complex_loss", lambda _, dtype: dtype.is_complex, frozenset(["mean", "sum"])
+        ),
+    ),
     ("an `inputs` parameter", _failing("reentrant_inputs")),
     ("Inference tensors cannot be saved for backward", _inference),
     ("Inplace update to inference tensor", _inference),
@@ -869,11 +957,12 @@ _KINDS: tuple[tuple[str, _Find], ...] = (
     ("number of tensors was saved during the original forward and recomputation", _recomputed),
     ("Recomputed values for the following tensors have different metadata", _recomputed),
     ("can't optimize a non-leaf Tensor", _no_leaf),
+    ("' as parameter '", _raising("no_parameter")),
     ("object has no attribute 'backward'", _number_for_a_loss),
     ("'NoneType'", _none_for_a_gradient),
     ("vmap: It looks like you're calling .item() on a Tensor", _raising("item_in_vmap")),
-    ("to return a scalar Tensor", _raising("func_of_a_vector")),
-    ("to return a scalar tensor", _raising("func_of_a_vector")),
+    ("to return a scalar Tensor", _vector),
+    ("to return a scalar tensor", _vector),
 )
 _ONLY_TRACED = frozenset([_none_for_a_gradient, _number_for_a_loss])
 """Words that other errors have too: nothing is said of them where the step was not traced."""

@@ -195,6 +195,8 @@ class Record:
     read_flags: dict[str, bool] = field(default_factory=dict)
     """Per parameter that was read, whether it required grad at any of the reads."""
     modules_run: set[str] = field(default_factory=set)
+    rerun: dict[str, None] = field(default_factory=dict)
+    """Paths of modules that a checkpoint ran again in backward, the last one at the end."""
     foreign: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
     """Tensors with a ``grad_fn`` that were made out of sight, by the operation that stands for it."""
     outlived: dict[int, Place] = field(default_factory=dict)
@@ -348,6 +350,13 @@ def node_of(tensor: Tensor) -> Any:
         return tensor.grad_fn
     except RuntimeError:  # its base was written in a way that leaves this view without a history
         return None
+
+
+def result_of(node: Any) -> tuple[tuple[int, ...], torch.dtype] | None:
+    """Return shape and dtype of what an autograd node made first; None where it does not tell."""
+    # Private: nothing public tells them without the tensor itself. Without it a loss is explained by its last operation.
+    first = next(iter(getattr(node, "_input_metadata", ())), None)
+    return None if first is None else (tuple(first.shape), first.dtype)
 
 
 def versions_of(tensors: Sequence[Tensor]) -> list[int]:

@@ -122,6 +122,17 @@ def is_of_arguments(step: Step) -> bool:
     return bool(names) and names <= arguments - changed
 
 
+def only_call(code: CodeType) -> Statement | None:
+    """Return the call of a function in its file, where there is one alone."""
+    module = tree(code.co_filename)
+    calls = [
+        node
+        for node in (() if module is None else ast.walk(module))
+        if isinstance(node, ast.Call) and called(node) == code.co_name
+    ]
+    return _statements(code.co_filename, calls)[0] if len(calls) == 1 else None
+
+
 @lru_cache(maxsize=256)
 def definitions(
     module: ast.Module | None,
@@ -230,8 +241,9 @@ def stores(step: Step) -> list[Statement]:
     """
     code = step[0]
     node = function(code)
-    read = None if node is None else expression(step, node)
     module = tree(code.co_filename)
+    inside = node or module  # of a comprehension, which is a function of its own before Python 3.12
+    read = None if inside is None else expression(step, inside)
     if read is None or module is None:
         return []
     functions = [
@@ -245,6 +257,13 @@ def stores(step: Step) -> list[Statement]:
         for name in names
         if (rank := _keeps(kept, name, getattr(definition, "name", ""))) is not None
     ]
+    # An object is filled where it is made: `Transition(state, log_prob)`.
+    made = {
+        cls.name
+        for cls in ast.walk(module)
+        if isinstance(cls, ast.ClassDef) and _has_fields(cls, names)
+    }
+    found += [(1, n) for n in ast.walk(module) if isinstance(n, ast.Call) and called(n) in made]
     # What a closure uses of the function around it, and a function of its file, was computed there.
     outer = {*code.co_freevars, *code.co_names} & names
     for definition in [*functions, module]:
@@ -254,6 +273,12 @@ def stores(step: Step) -> list[Statement]:
     return _statements(code.co_filename, [kept for _, kept in sorted(found, key=lambda p: p[0])])
 
 
+def _has_fields(cls: ast.ClassDef, names: set[str]) -> bool:
+    """Tell whether a class declares one of some names as a field, as dataclasses and named tuples do."""
+    fields = (node.target for node in cls.body if isinstance(node, ast.AnnAssign))
+    return any(isinstance(field, ast.Name) and field.id in names for field in fields)
+
+
 def _computes(node: ast.AST, names: set[str]) -> bool:
     """Tell whether a statement gives one of some names what a call returns."""
     return (
@@ -261,6 +286,87 @@ def _computes(node: ast.AST, names: set[str]) -> bool:
         and any(isinstance(target, ast.Name) and target.id in names for target in node.targets)
         and any(isinstance(inner, ast.Call) for inner in ast.walk(node.value))
     )
+
+
+def changes_of_state(classes: Iterable[type]) -> list[Statement]:
+    """Return where ``forward`` of some classes, and what it calls there, changes what outlives the call.
+
+    Random numbers of Python's are one such change. What a condition asks about comes first.
+    """
+    found: list[tuple[str, ast.stmt, str]] = []
+    asked: set[str] = set()
+    for cls in classes:
+        file = file_of(cls)
+        module = None if file is None else tree(file)
+        if file is None or module is None or cls.__module__.startswith("torch."):
+            continue
+        for inside in _run_by_forward(module, cls):
+            nodes = sorted(own_nodes(inside), key=lambda node: span_of(node) or ())
+            outer = {
+                name for n in nodes if isinstance(n, (ast.Global, ast.Nonlocal)) for name in n.names
+            }
+            for node in nodes:
+                if isinstance(node, (ast.If, ast.IfExp, ast.While)):
+                    asked |= {last_name(n) for n in ast.walk(node.test)}
+                elif isinstance(node, ast.stmt) and not hasattr(node, "body"):
+                    found += [(name, node, file) for name in _changed(node, outer)]
+    found.sort(key=lambda each: each[0] not in asked)
+    return [_statements(file, [node])[0] for _, node, file in found]
+
+
+def _run_by_forward(module: ast.Module, cls: type) -> Iterator[ast.AST]:
+    """Yield ``forward`` of a class and the functions of its file that run inside, as far as names tell."""
+    methods = {
+        getattr(method, "name", ""): method
+        for definition in _classes(module, cls.__qualname__)
+        for method in definition.body
+    }
+    others = {name: found[0] for name, found in definitions(module).items() if len(found) == 1}
+    todo, seen = ["forward"], {"__init__"}
+    while todo:
+        name = todo.pop(0)
+        inside = methods.get(name) or others.get(name)
+        if name not in seen and isinstance(inside, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield inside
+            todo += [called(node) for node in own_nodes(inside) if isinstance(node, ast.Call)]
+        seen.add(name)
+
+
+def _changed(statement: ast.stmt, outer: set[str]) -> Iterator[str]:
+    """Yield the names of attributes, and of variables of other functions, that a statement changes."""
+    for node in ast.walk(statement):
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            for target in _flat_targets(node):
+                held = target.value if isinstance(target, ast.Subscript) else target
+                if isinstance(held, ast.Attribute) or last_name(held) in outer:
+                    yield last_name(held)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            held = node.func.value
+            if node.func.attr in {*FILLERS, "pop", "popleft", "clear"} and isinstance(
+                held, ast.Attribute
+            ):
+                yield held.attr
+            elif last_name(held) in {"random", "rng"}:
+                yield last_name(held)
+
+
+def surrounding(step: Step, name: str) -> Statement | None:
+    """Return the ``with``, or the decorator, by which a function of this name is in force around an expression."""
+    inside = function(step[0])
+    wanted = span(step)
+    if inside is None or wanted is None:
+        return None
+    blocks = [n for n in own_nodes(inside) if isinstance(n, (ast.With, ast.AsyncWith))]
+    found = [
+        item.context_expr
+        for block in blocks
+        if block.lineno <= wanted[0] <= (block.end_lineno or block.lineno)
+        for item in block.items
+    ]
+    found += getattr(inside, "decorator_list", [])
+    named = [n for n in found if name in {last_name(i) for i in ast.walk(n)}]
+    statements = _statements(step[0].co_filename, named)
+    return statements[0] if statements else None
 
 
 def returned(code: CodeType) -> Statement | None:

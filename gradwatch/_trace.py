@@ -343,6 +343,8 @@ class Trace(Record):
         around = self._running[-1][0] if self._running else ""
         if path is not None:
             self.modules_run.add(path)
+            if self.in_backward:
+                self.rerun[path] = self.rerun.pop(path, None)
             if type(module).__module__.startswith("torch."):
                 path = around
         elif next(module.parameters(), None) is None:
@@ -782,6 +784,8 @@ class Trace(Record):
             if found is not None:
                 op.inner = op.place
                 op.wrapper, op.place, op.call = found
+        if not op.grad_mode and torch.is_inference_mode_enabled():
+            op.stack = _frames.stack(frame)
         if call.plain is not None:
             direct = _frames.is_call_from(frame, call.func, op.place)
             op.plain = call.plain if direct or not call.plain else None

@@ -403,6 +403,10 @@ ERRORS = {
         "an optimizer is given the result of this operation, which is no leaf",
         "make it a leaf: `x = (...).detach().requires_grad_()`, or call `requires_grad_()` last",
     ),
+    "no_parameter": (
+        "the result of an operation is assigned to the name of a parameter",
+        "change the parameter's values, `with torch.no_grad(): weight.copy_(...)`, or keep the result under a name of its own",
+    ),
     "grad_of_a_result": (
         "`.grad` is None here: it is kept for leaves, and this is the result of an operation",
         "call `.retain_grad()` before the backward pass, or make it a leaf: `x = x.detach().requires_grad_()`",
@@ -429,7 +433,7 @@ ERRORS = {
     ),
     "twice": (
         "an earlier backward went through the same graph and freed it",
-        "add the losses and call `backward()` once, or pass `retain_graph=True` to the first call",
+        "add the losses and call `backward()` once, `.detach()` what one should not train, or pass `retain_graph=True`",
     ),
     "leaf_in_place": (
         "a parameter, or another leaf that requires grad, is changed in place",

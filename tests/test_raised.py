@@ -1078,6 +1078,220 @@ class RecomputedDifferently(Net):
         return self.head(checkpoint(self.block, x, use_reentrant=False)).mean()  # <- here
 
 
+class FakesThatWereNotDetached(Net):
+    """Both passes go through the encoder; where the first one takes its result is where to detach."""
+
+    words = "Trying to backward through the graph a second time"
+    advice = "`.detach()` what one should not train"
+
+    def critic(self, h):
+        real = self.head(torch.ones(4, 3))
+        return real.mean() - self.head(h).mean()  # <- here
+
+    def run(self, x):
+        fake = torch.tanh(self.enc(x))
+        self.critic(fake).backward()
+        (-self.head(fake).mean()).backward()
+
+
+def normalised(h):
+    return h / h.norm()
+
+
+class ComputedInAHelper(Net):
+    """What a small function computes from its arguments alone was chosen by its only call."""
+
+    words = "Trying to backward through the graph a second time"
+    advice = "add the losses"
+
+    def run(self, x):
+        h = normalised(self.enc(x))  # <- here
+        for power in (1, 2):
+            h.pow(power).sum().backward()
+
+
+class Kept:
+    """A record whose fields are annotated, as those of a dataclass are."""
+
+    chance: torch.Tensor
+
+    def __init__(self, chance):
+        self.chance = chance
+
+
+class KeptInARecord(Net):
+    words = "Trying to backward through the graph a second time"
+    advice = "`.detach()` it where it is kept"
+    steps = 2
+
+    def __init__(self):
+        super().__init__()
+        self.played: list[list[Kept]] = [[]]
+
+    def run(self, x):
+        chance = self.head(self.enc(x)).sigmoid().mean()
+        self.played[0].append(Kept(chance))  # <- here
+        torch.stack([one.chance * 2 for one in self.played[0]]).sum().backward()
+
+
+@torch.no_grad()
+def rows_of(buffer):
+    return [buffer[:2], buffer[2:]]
+
+
+class ViewsOfADecoratedFunction(Net):
+    """Of a view that an earlier write has given a history, its making is shown, and the switch."""
+
+    words = "view was created in no_grad mode and is being modified inplace"
+    advice = "make the view where gradients are on"
+    switch = "`@torch.no_grad()` (gradients are off from here on)"
+
+    def forward(self, x):
+        out = self.enc(x) * 1.0
+        for part in rows_of(out):
+            part.add_(self.head(x[:2]))  # <- here
+        return out.mean()
+
+
+class EncodedInInferenceMode(Net):
+    words = "Inference tensors cannot be saved for backward"
+    advice = "torch.no_grad()"
+
+    def encoded(self, x):
+        return self.enc(x)
+
+    def forward(self, x):
+        with torch.inference_mode():  # <- here
+            h = self.encoded(x)
+        return self.head(h).mean()
+
+
+class HookBehindADecorator(Net):
+    words = "cannot register a hook on a tensor that doesn't require"
+    advice = "where gradients are on"
+    switch = "`@torch.no_grad()` (gradients are off from here on)"
+
+    @torch.no_grad()
+    def features(self, x):
+        return self.enc(x)  # <- here
+
+    def forward(self, x):
+        h = self.features(x)
+        h.register_hook(print)
+        return self.head(h).mean()
+
+
+class SlopesOfColumns(Net):
+    """The network was given the whole; the columns were cut out beside it."""
+
+    words = "appears to not have been used in the graph"
+    advice = "allow_unused=True"
+
+    def slope(self, y, x):
+        return torch.autograd.grad(y.sum(), x, create_graph=True)[0]
+
+    def forward(self, x):
+        points = x.clone().requires_grad_()
+        u = torch.tanh(self.enc(points))
+        t = points[:, :1]  # <- here
+        return self.slope(u, t).mean()
+
+
+class PenaltyAtPlainPoints(Net):
+    words = "One of the differentiated Tensors does not require grad"
+    advice = "requires_grad_()"
+
+    def mixed(self, real, fake):
+        return 0.5 * real + 0.5 * fake  # <- here
+
+    def forward(self, x):
+        with torch.no_grad():
+            fake = self.enc(x)
+        mixed = self.mixed(x, fake)
+        return torch.autograd.grad(self.head(mixed).sum(), mixed)[0].norm()
+
+
+class AssignedToAParameter(Net):
+    words = "as parameter 'weight'"
+    advice = "weight.copy_(...)"
+
+    def forward(self, x):
+        self.enc.weight = self.enc.weight + 1.0  # <- here
+        return self.head(self.enc(x)).mean()
+
+
+class OneOfTwoTermsIsAVector(Net):
+    words = "can be implicitly created only for scalar outputs"
+    advice = ".mean()"
+
+    def each(self, h):
+        return h.square().sum(-1)  # <- here
+
+    def forward(self, x):
+        h = self.enc(x)
+        return 0.5 * self.each(h) + 0.1 * self.head(h).abs().mean()
+
+
+class OneOfTwoTermsIsComplex(Net):
+    words = "can be implicitly created only for real scalar outputs"
+    advice = ".abs().square()"
+
+    def spectrum(self, h):
+        return (torch.fft.fft(h) ** 2).mean()  # <- here
+
+    def forward(self, x):
+        h = self.enc(x)
+        return self.spectrum(h) + 0.1 * self.head(h).abs().mean()
+
+
+class CachedInACheckpoint(Net):
+    words = "number of tensors was saved during the original forward and recomputation"
+    advice = "no state that it changes"
+
+    class Bias(nn.Module):
+        """What is computed once, and kept."""
+
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.ones(3))
+            self.ready = None
+            self.seen = 0
+
+        def forward(self):
+            self.seen += 1
+            if self.ready is None:
+                self.ready = self.table.exp() * 2  # <- here
+            return self.ready
+
+    class Block(nn.Module):
+        """What is run again."""
+
+        def __init__(self, bias):
+            super().__init__()
+            self.bias = bias
+
+        def forward(self, x):
+            return torch.tanh(x + self.bias())
+
+    def __init__(self):
+        super().__init__()
+        self.block = self.Block(self.Bias())
+
+    def forward(self, x):
+        return self.head(checkpoint(self.block, self.enc(x), use_reentrant=False)).mean()
+
+
+class Store:
+    def __init__(self):
+        self.keys = {}
+
+    def grown(self, layer, key):
+        if layer in self.keys:
+            key = torch.cat([self.keys[layer], key])
+        self.keys[layer] = key.detach()  # <- here too
+        return key
+
+
 CASES = [
     value
     for value in globals().values()
@@ -1108,6 +1322,7 @@ def test_an_error_keeps_its_words_and_names_the_line_and_the_way_out(case):
     (note,) = caught.value.__notes__
     assert f"test_raised.py:{guilty_line(case)}" in note
     assert case.advice in note
+    assert getattr(case, "switch", "") in note
 
 
 def test_the_traceback_through_the_backward_of_a_function_is_kept():
@@ -1155,6 +1370,37 @@ def test_what_a_global_keeps_is_found_through_the_function_that_returns_it():
 
     CACHE.clear()
     assert f"test_raised.py:{line}" in caught.value.__notes__[0]
+
+
+def test_what_a_checkpoint_is_given_and_changes_is_found():
+    """A cache that a checkpointed block is given, and fills, is named by the line that fills it."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.key = nn.Linear(3, 3)
+
+        def forward(self, x, store):
+            return x + (x @ store.grown("first", self.key(x)).t()).mean(1, keepdim=True)
+
+    class Decoder(Net):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x):
+            store = Store()
+            h = checkpoint(self.block, self.enc(x), store, use_reentrant=False)
+            return self.head(h).mean()
+
+    model = Decoder()
+    with pytest.raises(Exception, match="Recomputed values") as caught, diagnose(model):
+        model.run(torch.ones(4, 3))
+
+    lines, first = inspect.getsourcelines(Store)
+    filled = first + next(i for i, line in enumerate(lines) if line.endswith("# <- here too\n"))
+    (note,) = caught.value.__notes__
+    assert f"test_raised.py:{filled}: " in note
 
 
 def test_an_error_of_a_step_that_was_not_traced_is_explained_from_the_model():
