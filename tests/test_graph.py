@@ -218,9 +218,14 @@ def test_a_size_tells_zeros_and_what_is_not_finite_in_every_order_of_memory():
         "huge": torch.tensor([3e38, 3e38]),
         "half": torch.tensor([6e4, 6e4], dtype=torch.float16),
         "large, transposed, and nearly zero": big.t(),
+        "large and huge": torch.full((100, 100), 3e38),
+        "large, sliced, and cancelling": torch.ones(200, 100)[::2]
+        * torch.tensor([1.0, -1.0]).repeat(50),
     }
     others = {
         "infinite": torch.tensor([1.0, -torch.inf]),
+        "large and infinite": torch.ones(100, 100).index_fill(0, torch.tensor(7), torch.inf).t(),
+        "large and zero": torch.zeros(100, 100).t(),
         "empty": torch.zeros(0),
         "zero": torch.zeros(3, 2).t(),
         "negative zero": torch.tensor([-0.0, 0.0]),
@@ -229,6 +234,8 @@ def test_a_size_tells_zeros_and_what_is_not_finite_in_every_order_of_memory():
     assert [name for name, g in positive.items() if not 0 < _size(g) < math.inf] == []
     assert {name: _size(g) for name, g in others.items()} == {
         "infinite": math.inf,
+        "large and infinite": math.inf,
+        "large and zero": 0.0,
         "empty": -1.0,
         "zero": 0.0,
         "negative zero": 0.0,
