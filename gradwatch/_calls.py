@@ -196,6 +196,12 @@ def public_name(func: Any) -> str:
     return name.removesuffix(".__get__").removesuffix(".__set__")
 
 
+ONE_BY_ONE = frozenset(
+    [torch.broadcast_tensors, torch.meshgrid, torch.atleast_1d, torch.atleast_2d]
+)
+"""Functions of which each result comes from the argument at its place, and from no other."""
+
+
 class Wrapper(Enum):
     """A call that owns the operations inside it: the user called this, not them."""
 

@@ -22,8 +22,8 @@ from torch.autograd.function import BackwardCFunction
 
 from gradwatch import _frames, _source, _words, explain
 from gradwatch._calls import Kind, Wrapper
-from gradwatch._record import MADE, held_by, node_of, result_of, tensors_in
-from gradwatch.report import Diagnosis, Site, Status
+from gradwatch._record import MADE, held_by, hooks_of, node_of, result_of, tensors_in
+from gradwatch.report import Cause, Diagnosis, Site, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -252,10 +252,39 @@ def _no_history(raised: _Raised) -> str | None:
     if not wanting:
         return all_frozen(raised.model, raised.trace)
     found = inspection.diagnose(dict.fromkeys(wanting, Status.MISSING), 0)
-    told = next((d for d in found if d.site is not None), found[0] if found else None)
-    if told is None:
+    if not found:
         return None
-    return _words.error_note("no_history", None) + "\n\n" + explain.render(told, tuple(parameters))
+    # What was frozen on purpose is seldom what is wrong, and another parameter may have been frozen by mistake.
+    told = sorted(found, key=lambda d: (d.site is None, d.cause is Cause.FROZEN))[:1]
+    said = [
+        _words.error_note("no_history", None),
+        *(explain.render(d, tuple(parameters)) for d in told),
+    ]
+    frozen = _frozen_on_the_way(raised)
+    return "\n\n".join([*said, frozen] if frozen else said)
+
+
+def _frozen_on_the_way(raised: _Raised) -> str | None:
+    """Return what is to be said of parameters that the loss was computed from, and that are frozen."""
+    trace, parameters = raised.trace, raised.inspection.parameters
+    asked = raised.asked
+    seen: set[int] = set()
+    todo = [] if asked is None else list(asked.roots)
+    names: dict[str, None] = {}
+    while todo:
+        number = todo.pop()
+        if number in seen:
+            continue
+        seen.add(number)
+        name, made = trace.values[number].parameter, raised.maker_of(number)
+        if name is not None and not parameters[name].requires_grad:
+            names[name] = None
+        todo.extend(() if made is None else made.inputs)
+    if not names:
+        return None
+    folded = explain.fold(tuple(n for n in parameters if n in names), tuple(parameters))
+    seen_at = next((_at(trace.freezings[n]) for n in names if n in trace.freezings), None)
+    return _words.frozen_too(_words.listed(folded), seen_at or _first_freezing(raised.model))
 
 
 def _in_a_backward(error: Exception) -> str | None:
@@ -268,8 +297,9 @@ def _in_a_backward(error: Exception) -> str | None:
             places.append(_frames.Place(code, entry.tb_lasti))
     if not places:
         return None
-    made = _source.first_argument(places[-1][:2])
-    return _both(None if made is None else _statement(made), _at(places[-1]))
+    last = _last_of_user(error) or places[-1]
+    made = _source.first_argument(last[:2], places[-1].code)
+    return _listed(None if made is None else _statement(made), _at(places[-1]), _at(last))
 
 
 def all_frozen(model: nn.Module, trace: Trace | None = None) -> str:
@@ -381,9 +411,11 @@ def _story(
 
 
 def _holds(value: Any, tensor: Any) -> bool:
-    """Tell whether a value is a tensor, or a container that holds it."""
+    """Tell whether a value is a tensor, or a container or a `partial` that holds it."""
     if isinstance(value, dict):
         value = list(value.values())
+    elif isinstance(value, functools.partial):
+        value = [*value.args, *value.keywords.values()]
     return value is tensor or (
         isinstance(value, (list, tuple)) and any(_holds(item, tensor) for item in value)
     )
@@ -433,17 +465,30 @@ def _overwritten(raised: _Raised) -> str | None:
 def _written_unseen(raised: _Raised, shape: tuple[int, ...], node: str | None) -> str | None:
     """Explain a tensor that something else than a call of the user's has changed."""
     trace = raised.trace
-    for op in trace.ops:
-        read = {trace.values[number].parameter for number in op.inputs} - {None}
-        weights = [raised.inspection.parameters.get(name or "") for name in read]
-        if op.name.endswith(("embedding", "embedding_bag")) and any(
-            weight is not None and tuple(weight.shape) == shape for weight in weights
-        ):
-            return _words.error_note("renormed", _at(op.place))
+    lookup = _renormed(raised, shape)
+    if lookup is not None:
+        return _words.error_note("renormed", _at(lookup.place))
     if trace.steps:
         return _words.error_note("optimizer_stepped", _at(trace.steps[-1][0]), node)
     kept = raised.kept()
     return None if kept is None else _words.error_note("outlived", *kept)
+
+
+def _renormed(raised: _Raised, shape: tuple[int, ...]) -> Op | None:
+    """Return the lookup that changed a table of some shape in place, perhaps transposed, after something else read it."""
+    trace, first, was_read = raised.trace, None, False
+    for op in trace.ops:
+        read = {trace.values[number].parameter for number in op.inputs} - {None}
+        weights = [raised.inspection.parameters.get(name or "") for name in read]
+        if not any(w is not None and sorted(w.shape) == sorted(shape) for w in weights):
+            continue
+        if not op.name.endswith(("embedding", "embedding_bag")):
+            was_read = True
+        elif was_read:
+            return op
+        else:
+            first = first or op
+    return first
 
 
 def _culprit(
@@ -570,6 +615,20 @@ def _view_without_history(raised: _Raised) -> str | None:
     return _words.error_note("view_without_history", places)
 
 
+def _behind_a_hook(raised: _Raised) -> str | None:
+    """Explain a write into what a module with a full backward hook returned, by the registration of the hook."""
+    codes = [
+        code
+        for module in raised.model.modules()
+        for hook in hooks_of(module)
+        if (code := getattr(hook, "__code__", None)) is not None
+    ]
+    found = [s for code in codes[:1] for s in _source.registrations(code)]
+    failed = raised.failed
+    wrote = None if failed is None else _at(failed.place)
+    return _words.error_note("behind_a_hook", _listed(*map(_statement, found[:1]), wrote))
+
+
 # Derivatives that do not exist ----------------------------------------------------------------------
 
 
@@ -582,7 +641,10 @@ def _in_function(kind: str) -> _Find:
         if named is None:
             called = [op for op in ops if op.wrapper is Wrapper.CUSTOM_FUNCTION]
             return _words.error_note(kind, _at(called[-1].place)) if called else None
-        own = _return_of(named[1].removesuffix("Backward"))
+        index = re.search(r"at index (\d+)", raised.message)
+        own = _return_of(
+            named[1].removesuffix("Backward"), None if index is None else int(index[1])
+        )
         for node in (node for passed in raised.inspection.passes for node in passed.nodes):
             if node.custom and node.name == named[1] and node.tag >= 0:
                 return _words.error_note(kind, _both(_at(ops[node.tag].place), own))
@@ -591,8 +653,8 @@ def _in_function(kind: str) -> _Find:
     return find
 
 
-def _return_of(name: str) -> str | None:
-    """Return what the ``backward`` of the only Function of a name returns."""
+def _return_of(name: str, index: int | None) -> str | None:
+    """Return what the ``backward`` of the only Function of a name returns, and where the one at an index is computed."""
     todo, found = [torch.autograd.Function], list[Any]()
     while todo:
         cls = todo.pop()
@@ -601,8 +663,9 @@ def _return_of(name: str) -> str | None:
         code = getattr(method, "__code__", None)
         if cls.__name__ == name and code is not None:
             found.append(code)
-    returned = _source.returned(found[0]) if len(found) == 1 else None
-    return None if returned is None else f"{_statement(returned)} (returned here)"
+    returned = _source.returned(found[0], index) if len(found) == 1 else []
+    roles = ["returned here", "computed here"]
+    return _listed(*(_as(role, _statement(s)) for role, s in zip(roles, returned, strict=False)))
 
 
 def _without_derivative(raised: _Raised) -> str | None:
@@ -770,7 +833,7 @@ def _recomputed(raised: _Raised) -> str | None:
     call = calls.pop() if len(calls) == 1 else None
     again = [type(modules[path]) for path in reversed(raised.trace.rerun) if path in modules]
     changes = _source.changes_of_state(dict.fromkeys(again))
-    change = _as("changes what the next run finds", _statement(changes[0])) if changes else None
+    change = _as("by this the next run differs", _statement(changes[0])) if changes else None
     return _words.error_note("recomputed", _listed(change, call)) if change or call else None
 
 
@@ -934,6 +997,7 @@ _KINDS: tuple[tuple[str, _Find], ...] = (
     ("is not implemented", _without_derivative),
     ("no autograd formula was registered", _without_formula),
     ("view was created in no_grad mode and is being modified inplace", _view_without_history),
+    ("BackwardHookFunction is a view", _behind_a_hook),
     ("is being modified inplace", _failing("view_in_place")),
     ("arguments don't support automatic differentiation", _failing("out_argument")),
     ("can't retain_grad on Tensor", _without_history("nothing_to_retain")),
@@ -960,7 +1024,8 @@ _KINDS: tuple[tuple[str, _Find], ...] = (
     ("' as parameter '", _raising("no_parameter")),
     ("object has no attribute 'backward'", _number_for_a_loss),
     ("'NoneType'", _none_for_a_gradient),
-    ("vmap: It looks like you're calling .item() on a Tensor", _raising("item_in_vmap")),
+    ("vmap: It looks like you're", _raising("item_in_vmap")),
+    ("Mismatch in shape: grad_output", _failing("grad_outputs")),
     ("to return a scalar Tensor", _vector),
     ("to return a scalar tensor", _vector),
 )

@@ -338,10 +338,10 @@ def version_of(tensor: Tensor) -> int:
         return 0
 
 
-def hooks_of(tensor: Tensor) -> list[Any]:
-    """Return the functions that were registered to see, and may change, a tensor's gradient."""
+def hooks_of(hooked: Tensor | torch.nn.Module) -> list[Any]:
+    """Return the functions that were registered to see, and may change, the gradient of a tensor or a module."""
     # Private: nothing public tells them. Without the attribute a hook is not named.
-    return list((getattr(tensor, "_backward_hooks", None) or {}).values())
+    return list((getattr(hooked, "_backward_hooks", None) or {}).values())
 
 
 def node_of(tensor: Tensor) -> Any:

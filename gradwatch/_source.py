@@ -27,6 +27,10 @@ FILLERS = frozenset(
     ["append", "appendleft", "extend", "add", "insert", "update", "setdefault", "put"]
 )
 """Methods that put their arguments into a container."""
+_DRAWS = frozenset(
+    ["random", "randint", "randrange", "choice", "choices", "uniform", "shuffle", "gauss", "rand"]
+)
+"""Methods that draw from a generator of Python's or NumPy's, which a checkpoint does not set back."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.Module
 
 
@@ -184,11 +188,29 @@ class Statement:
         return before.strip().rpartition(".")[2] if equals else ""
 
 
-def _classes(module: ast.Module, qualname: str) -> Iterator[ast.ClassDef]:
-    wanted = qualname.rpartition(".")[2]
-    for node in ast.walk(module):
-        if isinstance(node, ast.ClassDef) and node.name == wanted:
-            yield node
+def _classes(module: ast.Module, qualname: str) -> tuple[ast.ClassDef, ...]:
+    """Return the definitions of a class: several of one name where none has its very path."""
+    paths = _paths_of_classes(module)
+    exact = paths.get(qualname.replace("<locals>.", ""))
+    last = qualname.rpartition(".")[2]
+    return exact or tuple(
+        node for path, nodes in paths.items() if path.rpartition(".")[2] == last for node in nodes
+    )
+
+
+@lru_cache(maxsize=256)
+def _paths_of_classes(module: ast.Module) -> dict[str, tuple[ast.ClassDef, ...]]:
+    """Return the classes of a file by the names of what they are defined in, and their own."""
+    found: dict[str, tuple[ast.ClassDef, ...]] = {}
+    todo: list[tuple[str, ast.AST]] = [("", module)]
+    while todo:
+        path, node = todo.pop(0)
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            path = f"{path}.{node.name}" if path else node.name
+        if isinstance(node, ast.ClassDef):
+            found[path] = (*found.get(path, ()), node)
+        todo.extend((path, child) for child in ast.iter_child_nodes(node))
+    return found
 
 
 def file_of(cls: type) -> str | None:
@@ -293,7 +315,7 @@ def changes_of_state(classes: Iterable[type]) -> list[Statement]:
 
     Random numbers of Python's are one such change. What a condition asks about comes first.
     """
-    found: list[tuple[str, ast.stmt, str]] = []
+    found: list[tuple[str, ast.AST, str]] = []
     asked: set[str] = set()
     for cls in classes:
         file = file_of(cls)
@@ -308,8 +330,10 @@ def changes_of_state(classes: Iterable[type]) -> list[Statement]:
             for node in nodes:
                 if isinstance(node, (ast.If, ast.IfExp, ast.While)):
                     asked |= {last_name(n) for n in ast.walk(node.test)}
-                elif isinstance(node, ast.stmt) and not hasattr(node, "body"):
-                    found += [(name, node, file) for name in _changed(node, outer)]
+                whole = node if isinstance(node, ast.stmt) and not hasattr(node, "body") else None
+                part = whole or getattr(node, "test", None) or getattr(node, "iter", None)
+                if isinstance(part, ast.AST):
+                    found += [(name, part, file) for name in _changed(part, outer)]
     found.sort(key=lambda each: each[0] not in asked)
     return [_statements(file, [node])[0] for _, node, file in found]
 
@@ -332,9 +356,9 @@ def _run_by_forward(module: ast.Module, cls: type) -> Iterator[ast.AST]:
         seen.add(name)
 
 
-def _changed(statement: ast.stmt, outer: set[str]) -> Iterator[str]:
-    """Yield the names of attributes, and of variables of other functions, that a statement changes."""
-    for node in ast.walk(statement):
+def _changed(part: ast.AST, outer: set[str]) -> Iterator[str]:
+    """Yield the names of attributes, variables of other functions and generators that a part of a function changes."""
+    for node in ast.walk(part):
         if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
             for target in _flat_targets(node):
                 held = target.value if isinstance(target, ast.Subscript) else target
@@ -346,7 +370,7 @@ def _changed(statement: ast.stmt, outer: set[str]) -> Iterator[str]:
                 held, ast.Attribute
             ):
                 yield held.attr
-            elif last_name(held) in {"random", "rng"}:
+            elif node.func.attr in _DRAWS and root_of(held) != "torch":
                 yield last_name(held)
 
 
@@ -369,29 +393,49 @@ def surrounding(step: Step, name: str) -> Statement | None:
     return statements[0] if statements else None
 
 
-def returned(code: CodeType) -> Statement | None:
-    """Return the last ``return`` of a function that returns something."""
+def returned(code: CodeType, index: int | None) -> list[Statement]:
+    """Return the last ``return`` of a function that returns something, and where the value at an index is computed."""
     inside = function(code)
     nodes = [] if inside is None else list(own_nodes(inside))
     found = [n for n in nodes if isinstance(n, ast.Return) and n.value is not None]
-    last = max(found, key=lambda node: node.lineno, default=None)
-    return None if last is None else _statements(code.co_filename, [last])[0]
+    if not found:
+        return []
+    last = max(found, key=lambda node: node.lineno)
+    several = last.value.elts if isinstance(last.value, ast.Tuple) else [last.value]
+    named = several[index] if index is not None and index < len(several) else None
+    name = named.id if isinstance(named, ast.Name) else ""
+    return _statements(code.co_filename, [last, *_assigned(name, nodes, last.lineno)[-1:]])
 
 
-def first_argument(step: Step) -> Statement | None:
-    """Return the statement that assigned the name which a call is given first, in the same function."""
-    inside = function(step[0])
-    read = None if inside is None else expression(step, inside)
-    if inside is None or not isinstance(read, ast.Call) or not read.args:
-        return None
-    name = root_of(read.args[0])
+def _assigned(name: str, nodes: Iterable[ast.AST], before: int) -> list[ast.Assign]:
+    """Return the statements that assign a name before some line, in their order."""
     found = [
         node
-        for node in own_nodes(inside)
+        for node in nodes
         if isinstance(node, ast.Assign)
         and any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
-        and node.lineno < read.lineno
+        and node.lineno < before
     ]
+    return sorted(found, key=lambda node: node.lineno)
+
+
+def registrations(code: CodeType) -> list[Statement]:
+    """Return where the file of a hook registers full backward hooks."""
+    module = tree(code.co_filename)
+    nodes = () if module is None else ast.walk(module)
+    return _statements(
+        code.co_filename, [n for n in nodes if _calls(n, "register_full_backward_hook")]
+    )
+
+
+def first_argument(step: Step, outer: CodeType) -> Statement | None:
+    """Return the statement that assigned the name which a call is given first, in its function or one around it."""
+    homes = [home for home in (function(step[0]), function(outer)) if home is not None]
+    read = expression(step, homes[0]) if homes else None
+    if not isinstance(read, ast.Call) or not read.args:
+        return None
+    name = root_of(read.args[0])
+    found = [n for home in homes for n in _assigned(name, own_nodes(home), read.lineno)]
     statements = _statements(step[0].co_filename, found[:1])
     return statements[0] if statements else None
 

@@ -42,6 +42,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradwatch import _calls, _frames
 from gradwatch._calls import (
+    ONE_BY_ONE,
     Kind,
     Traits,
     Wrapper,
@@ -751,7 +752,7 @@ class Trace(Record):
         if kind is Kind.EXIT:
             self._leave_torch(call, result, frame)
             return
-        if kind is Kind.SET_FLAG:
+        if kind is Kind.SET_FLAG or self._finish_each(call, result, frame):
             return
         if kind is Kind.READ_GRAD:
             if result is None and not call.args[0].is_leaf:
@@ -775,6 +776,18 @@ class Trace(Record):
                 self._written(tensor, op, call)
             else:
                 self._produce(tensor, op)
+
+    def _finish_each(self, call: _Call, result: Any, frame: Any) -> bool:
+        """Note a call that makes each result from the argument at its place as so many operations, if it does."""
+        if call.func not in ONE_BY_ONE:
+            return False
+        for read, number, tensor in zip(
+            call.read, call.numbers, tensors_in((result,)), strict=True
+        ):
+            if tensor is not read:
+                op = self._append(call.func, call.traits.kind, (number,), _frames.here(frame))
+                self._produce(tensor, op)
+        return True
 
     def _complete(self, op: Op, call: _Call, frame: Any) -> None:
         """Add what only some operations have: a call that owns it, arguments from Python."""

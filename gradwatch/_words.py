@@ -415,8 +415,16 @@ ERRORS = {
         "the loss is a number: it left torch here, and has no `backward`",
         "add up the tensors themselves, and take `.item()` for the log only",
     ),
+    "grad_outputs": (
+        "`grad_outputs` has another shape than what is differentiated",
+        "pass `torch.ones_like(output)`, or a weight for each of its elements",
+    ),
+    "behind_a_hook": (
+        "what a module with a full backward hook returns is changed in place",
+        "pass `inplace=False` to what follows the module, or hook the one behind it",
+    ),
     "item_in_vmap": (
-        "`vmap` cannot take a number out of a batch of tensors",
+        "`vmap` cannot take a number out of a batch of tensors, nor decide by one",
         "stay in torch: `torch.clamp`, `torch.where` and `torch.minimum` do without `.item()`",
     ),
     "func_of_a_vector": (
@@ -597,6 +605,12 @@ def error_note(kind: str, where: str | None, *facts: str | None) -> str:
     if advice is not None:
         lines.append(f"  = help: {advice.format(*gaps)}")
     return "\n".join(lines)
+
+
+def frozen_too(folded: str, where: str | None) -> str:
+    """Say that parameters which a loss without a history was computed from are frozen."""
+    at = "" if where is None else f"\n  --> {where}"
+    return f"`requires_grad` is False for {folded}, from which it was computed too{at}"
 
 
 def term_reaches_nothing(term: str, cause: str | None, at: str | None) -> str:

@@ -1562,6 +1562,18 @@ class ThawedAfterOnePass(FrozenForOnePass):
         return h, other
 
 
+class SampledWithANumberForItsWidth(Case):
+    """The width is made as large as the mean, and comes from it no more than that."""
+
+    expect = {"non_differentiable": ENC}
+
+    def forward(self, x):
+        action = torch.distributions.Normal(self.enc(x), 1.0)
+        return self.head(
+            action.sample()  # <- here
+        ).mean()
+
+
 class LoadedIntoAnother(Case):
     """A module that is made anew in every pass, and given the values of the registered one."""
 

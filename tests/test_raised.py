@@ -7,6 +7,7 @@ import copy
 import functools
 import inspect
 import logging
+import random
 import re
 import warnings
 from functools import cached_property
@@ -1276,6 +1277,178 @@ class CachedInACheckpoint(Net):
     def __init__(self):
         super().__init__()
         self.block = self.Block(self.Bias())
+
+    def forward(self, x):
+        return self.head(checkpoint(self.block, self.enc(x), use_reentrant=False)).mean()
+
+
+class LeftFrozen(Net):
+    """The other pass detaches on purpose; what was frozen for one pass is still frozen in the next."""
+
+    words = "does not require grad and does not have a grad_fn"
+    advice = "`requires_grad` is False for `head.*`, from which it was computed too"
+    steps = 2
+
+    def run(self, x):
+        self.head(self.enc(x).detach()).mean().backward()
+        for parameter in self.head.parameters():
+            parameter.requires_grad = False  # <- here
+        self.head(self.enc(x)).mean().backward()
+
+
+class SampledWhileTheCriticIsFrozen(Net):
+    """What was frozen for the pass is not what cuts it off."""
+
+    words = "does not require grad and does not have a grad_fn"
+    advice = "rsample()"
+
+    def forward(self, x):
+        self.head.requires_grad_(requires_grad=False)
+        action = torch.distributions.Normal(self.enc(x), 1.0).sample()  # <- here
+        loss = self.head(action).mean()
+        self.head.requires_grad_()
+        return loss
+
+
+class BoundIntoAPartial(Net):
+    words = "Trying to backward through the graph a second time"
+    advice = "`.detach()` it where it is kept"
+    steps = 2
+
+    def __init__(self):
+        super().__init__()
+        self.render = functools.partial(torch.mul, other=self.enc(torch.ones(3)).exp())  # <- here
+
+    def forward(self, x):
+        return self.render(self.head(x)).mean()
+
+
+class RenormalisedAfterItWasRead(Net):
+    """Of several lookups with `max_norm` the first one behind another reader of the table is to blame."""
+
+    words = "modified by an inplace operation"
+    advice = "look everything up in one call"
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(4, 3, max_norm=0.1)
+
+    def forward(self, x):
+        user = self.enc(self.table(torch.tensor([0, 1]))) + x[:2]
+        scores = user @ self.table.weight.t()
+        best = (user * self.table(torch.tensor([2, 3]))).sum()  # <- here
+        return scores.mean() + best
+
+
+class OnesOfAnotherShape(Net):
+    words = "Mismatch in shape: grad_output"
+    advice = "torch.ones_like(output)"
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        ones = torch.ones(len(x))
+        return torch.autograd.grad(self.head(x), x, grad_outputs=ones)[0].norm()  # <- here
+
+
+class WrittenBehindABackwardHook(Net):
+    words = "BackwardHookFunction is a view and is being modified inplace"
+    advice = "inplace=False"
+
+    def __init__(self):
+        super().__init__()
+        self.enc.register_full_backward_hook(self.keep)  # <- here
+
+    def keep(self, module, given, got):
+        self.seen = got
+
+    def forward(self, x):
+        return self.head(F.relu_(self.enc(x))).mean()
+
+
+class StepOfTheWrongShape(Net):
+    """The value at the index in torch's message is shown where it is computed."""
+
+    words = "returned an invalid gradient at index 1"
+    advice = "sum over what was broadcast"
+
+    class Quantise(torch.autograd.Function):
+        """Scale, with a gradient of one element for a step of three."""
+
+        @staticmethod
+        def forward(ctx, w, step):
+            ctx.save_for_backward(w)
+            return w * step
+
+        @staticmethod
+        def backward(ctx, grad):
+            (w,) = ctx.saved_tensors
+            slope = (grad * w).sum(0)[:2]  # <- here
+            return grad, slope
+
+    def forward(self, x):
+        return self.Quantise.apply(self.enc.weight, self.enc.bias).sum()
+
+
+class AdjointByALambda(Net):
+    """What has no history was computed in the `backward` around the function that differentiates it."""
+
+    words = "does not require grad and does not have a grad_fn"
+    advice = "torch.enable_grad()"
+
+    class Rerun(torch.autograd.Function):
+        """Differentiate once more what is computed in backward."""
+
+        @staticmethod
+        def forward(ctx, x, module):
+            ctx.module = module
+            ctx.save_for_backward(x)
+            return module(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            out = ctx.module(x)  # <- here
+            slope = lambda v: torch.autograd.grad(out, x, v)[0]  # noqa: E731
+            return next(map(slope, [grad])), None
+
+    def forward(self, x):
+        return self.Rerun.apply(self.enc(x), self.head).mean()
+
+
+class DecidedInVmap(Net):
+    words = "data-dependent control flow"
+    advice = "torch.where"
+
+    def each(self, row):
+        if row.sum() > 0:  # <- here
+            return row * 2
+        return row
+
+    def forward(self, x):
+        return torch.vmap(self.each)(self.enc(x)).mean()
+
+
+class DroppedAtRandomInACheckpoint(Net):
+    words = "number of tensors was saved during the original forward and recomputation"
+    advice = "no random number of Python's"
+
+    class Block(nn.Module):
+        """Leaves out its second part now and then."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+            self.chance = random.Random(2)  # noqa: S311 -- 0.956, then 0.948
+
+        def forward(self, x):
+            x = torch.tanh(self.inner(x))
+            if self.training and self.chance.random() < 0.95:  # <- here
+                return x
+            return x.exp().sin()
+
+    def __init__(self):
+        super().__init__()
+        self.block = self.Block()
 
     def forward(self, x):
         return self.head(checkpoint(self.block, self.enc(x), use_reentrant=False)).mean()
