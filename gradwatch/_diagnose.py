@@ -414,6 +414,11 @@ class Inspection(BackwardListener):
         hidden = _words.TRACE_BROKE if broke else self._in_transforms(flow)
         if hidden is None and reads and name in flow.dropped:
             return self._at(Cause.NOT_IN_LOSS, flow.dropped[name])
+        cut = (
+            self._cut_before_transforms(name, flow) if hidden == _words.INSIDE_TRANSFORMS else None
+        )
+        if cut is not None:
+            return self._at(Cause.DETACHED, cut)
         hidden = hidden or self._hidden(name)
         if hidden is not None:
             return Finding(Cause.UNDETERMINED, notes=(hidden, _words.RULED_OUT))
@@ -463,6 +468,15 @@ class Inspection(BackwardListener):
             if number in flow.reaching:
                 return _words.inside_script(_frames.site_of(place))
         return _words.INSIDE_TRANSFORMS if self.trace.opaque else None
+
+    def _cut_before_transforms(self, name: str, flow: Flow) -> Op | None:
+        """Return what detached a parameter before it went where nothing is seen, if nothing else read it."""
+        reads = flow.reads.get(name, [])
+        detached = [op for op in reads if op.kind is Kind.SEVER]
+        if not detached or len(detached) < len(reads):
+            return None
+        used = any(self._first_reader(op) is not None for op in detached)
+        return detached[-1] if used else None
 
     def _made_before(self, name: str, flow: Flow) -> Finding | None:
         """Look for an attribute that was computed from the parameter before the pass began."""
@@ -533,6 +547,10 @@ class Inspection(BackwardListener):
         place = self.trace.registrations.get(id(held))
         if place is not None:
             return Finding(Cause.REPLACED, _frames.site_of(place), "torch.nn.Parameter")
+        above = [name, *(name[:at] for at in range(len(name) - 1, 0, -1) if name[at] == ".")]
+        put = next((self.trace.put_in[path] for path in above if path in self.trace.put_in), None)
+        if put is not None:
+            return Finding(Cause.REPLACED, _frames.site_of(put))
         short = name.rpartition(".")[2]
         return Finding(Cause.REPLACED, self._only(lambda cls: assignments(cls, short)))
 

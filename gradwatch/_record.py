@@ -211,6 +211,8 @@ class Record:
     """Values of unknown making, first read where the user's code calls a function of TorchScript."""
     registrations: dict[int, Place | None] = field(default_factory=dict)
     """Where a parameter became one of a module, by its ``id``."""
+    put_in: dict[str, Place | None] = field(default_factory=dict)
+    """Where a parameter or a module was assigned to a module that was known before, by its full name."""
     hooks: dict[int, Place | None] = field(default_factory=dict)
     """Where a hook was registered on a value, by number."""
     switches: list[tuple[int, Place | None]] = field(default_factory=list)

@@ -612,12 +612,24 @@ def wrapping(reader: Step, maker: Step | None) -> Text | None:
 
 
 def _wrap_around(step: Step) -> Text | None:
-    """Return the wrap in whose argument an expression stands: ``nn.Parameter(w + noise)``."""
+    """Return the wrap in whose argument an expression stands, or a name for it: ``nn.Parameter(w + noise)``."""
     node = function(step[0])
     inner = None if node is None else expression(step, node)
     if node is None or inner is None:
         return None
-    calls = [c for c in _wraps_in(node) if any(part is inner for part in ast.walk(c))]
+    names = {
+        target.id
+        for statement in own_nodes(node)
+        if isinstance(statement, ast.Assign) and any(part is inner for part in ast.walk(statement))
+        for target in statement.targets
+        if isinstance(target, ast.Name)
+    }
+    calls = [
+        call
+        for call in _wraps_in(node)
+        if any(part is inner for part in ast.walk(call))
+        or any(isinstance(a, ast.Name) and a.id in names for a in call.args)
+    ]
     return _text(step[0], calls[-1]) if calls else None
 
 

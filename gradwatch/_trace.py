@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
+    register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
 from torch.optim.optimizer import (
@@ -232,6 +233,7 @@ class Trace(Record):
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
             register_module_parameter_registration_hook(self._note_registration),
+            register_module_module_registration_hook(self._note_module),
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
         ):
@@ -376,9 +378,21 @@ class Trace(Record):
         if closed.without_mode:
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 
-    def _note_registration(self, module: nn.Module, name: str, parameter: Any) -> None:
-        del module, name
+    def _note_module(self, module: nn.Module, name: str, part: Any) -> None:
+        del part
         try:
+            self._note_put_in(module, name)
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            self.give_up(error)
+
+    def _note_put_in(self, module: nn.Module, name: str) -> None:
+        path = self._paths.get(id(module))
+        if self.recording and path is not None:
+            self.put_in[f"{path}.{name}" if path else name] = _frames.here(sys._getframe(2))
+
+    def _note_registration(self, module: nn.Module, name: str, parameter: Any) -> None:
+        try:
+            self._note_put_in(module, name)
             entry = self._known.get(id(parameter))
             is_new = entry is None or entry() is not parameter
             if self.recording and isinstance(parameter, Tensor) and is_new:

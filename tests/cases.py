@@ -1574,6 +1574,64 @@ class SampledWithANumberForItsWidth(Case):
         ).mean()
 
 
+class WrappedByNameInAHelper(Case):
+    """The value had a name before it was wrapped, and its reader is elsewhere."""
+
+    expect = {"detached": ENC}
+
+    def made(self):
+        mixed = (self.enc.weight @ self.enc.weight + self.enc.bias).tanh()
+        return nn.Parameter(mixed)  # <- here
+
+    def used(self, h, weight):
+        return h @ weight
+
+    def forward(self, x):
+        weight = self.made()
+        return self.head(self.used(x, weight)).mean()
+
+
+class TiedByAHelper(Case):
+    """Another module's parameter is put in the place of one, by code that does not know the model."""
+
+    expect = {"replaced": ("inner.weight",)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def put(self, module, name, value):
+        setattr(module, name, value)  # <- here
+
+    def forward(self, x):
+        self.put(self.inner, "weight", self.enc.weight)
+        return self.head(self.inner(self.enc(x))).mean()
+
+
+class RestoredInTheStep(TiedByAHelper):
+    """A whole module is put in the place of another."""
+
+    expect = {"replaced": ("inner.weight", "inner.bias")}
+
+    def forward(self, x):
+        stored = io.BytesIO()
+        torch.save(self.inner, stored)
+        stored.seek(0)
+        self.put(self, "inner", torch.load(stored, weights_only=False))
+        return self.head(self.inner(self.enc(x))).mean()
+
+
+class DetachedBeforeATransform(Case):
+    """What goes into `torch.func` cannot be followed, but that it was detached before has been seen."""
+
+    expect = {"detached": ENC}
+
+    def forward(self, x):
+        state = self.enc.state_dict()  # <- here
+        rows = torch.vmap(lambda row: torch.func.functional_call(self.enc, state, (row,)))(x)
+        return self.head(rows).mean()
+
+
 class LoadedIntoAnother(Case):
     """A module that is made anew in every pass, and given the values of the registered one."""
 
