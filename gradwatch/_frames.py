@@ -255,10 +255,16 @@ def _site(code: CodeType, instruction: int, module: str | None, caller: Site | N
     return replace(site_in(code.co_filename, span, code.co_qualname, module), caller=caller)
 
 
+def code_of(function: Any) -> CodeType | None:
+    """Return the code of a function, or of an object's ``__call__``."""
+    method = function if hasattr(function, "__code__") else type(function).__call__
+    code: CodeType | None = getattr(method, "__code__", None)
+    return code
+
+
 def site_of_function(function: Any) -> Site | None:
     """Return the first line of a function, or of an object's ``__call__``; None where it is not Python's."""
-    method = function if hasattr(function, "__code__") else type(function).__call__
-    code = getattr(method, "__code__", None)
+    code = code_of(function)
     if code is None or owner(code) is not Owner.USER:
         return None
     return site_in(code.co_filename, (code.co_firstlineno, None, None, None), code.co_qualname)

@@ -353,8 +353,13 @@ def _shared(trace: Trace) -> tuple[str | None, str | None]:
         ),
         None,
     )
-    used = None if taken is None else _as("goes into the earlier one here", _at(taken.place))
-    return _as("computed once, used by both", _given_to(last.place)), used
+    if taken is None or taken.place is None:
+        return _as("computed once, used by both", _given_to(last.place)), None
+    named = _source.outer_assignment(taken.place[:2])
+    once = _listed(None if named is None else _statement(named), _given_to(last.place))
+    return _as("computed once, used by both", once), _as(
+        "goes into the earlier one here", _at(taken.place)
+    )
 
 
 def _given_to(place: _frames.Place | None) -> str | None:
@@ -392,7 +397,9 @@ def _kept_in(
                 statements = _source.keepings(type(module), name)
                 if statements:
                     full = f"{path}.{name}" if path else name
-                    return _story(statements, made, read), f" (`{full}`)"
+                    filled = [] if read is None else _source.fillings(read[:2])
+                    kept_as = "" if filled else f" (`{full}`)"
+                    return _story([*filled, *statements], made, read), kept_as
     statements = [] if read is None else _source.stores(read[:2])
     return (_story(statements, made, read), "") if statements or made or read else None
 
@@ -685,6 +692,19 @@ def _without_derivative(raised: _Raised) -> str | None:
     return _failing("no_derivative")(raised)
 
 
+def _not_a_number(raised: _Raised) -> str | None:
+    """Explain what anomaly mode found by the operation that the node was made by."""
+    found = re.search(r"Function '(\w+)' returned nan", raised.message)
+    name = "" if found is None else found[1]
+    for passed in raised.inspection.passes:
+        fine = {number for (number, _), size in passed.sizes.items() if math.isfinite(size)}
+        tags = [n.tag for i, n in enumerate(passed.nodes) if n.name == name and i not in fine]
+        if tags and max(tags) >= 0:
+            # Backward comes to the operations in reverse.
+            return _words.error_note("anomaly", _at(raised.trace.ops[max(tags)].place))
+    return None
+
+
 def _without_formula(raised: _Raised) -> str | None:
     """Explain a custom operator that was registered without a derivative."""
     found = re.search(r"through (\w+\.\w+)", raised.message)
@@ -803,6 +823,19 @@ def _no_leaf(raised: _Raised) -> str | None:
     return None if tag is None else _words.error_note("no_leaf", _at(raised.trace.ops[tag].place))
 
 
+def _serialised(raised: _Raised) -> str | None:
+    """Explain a tensor that cannot go to another process with its history by what made it."""
+    given = _local(raised.error, "tensor")
+    node = None if given is None else node_of(given)
+    tag = None if node is None else node.metadata.get(raised.trace.tag)
+    made = None if tag is None else raised.trace.ops[tag]
+    before = [] if made is None else [raised.maker_of(number) for number in made.inputs]
+    places = dict.fromkeys(_at(op.place) for op in before if op is not None)
+    last = _at(_last_of_user(raised.error))
+    own = None if made is None else _at(made.place)
+    return _words.error_note("serialised", _listed(*list(places)[:1], _as("made here", own), last))
+
+
 def _none_for_a_gradient(raised: _Raised) -> str | None:
     """Explain a None that came from ``.grad`` of a tensor that is no leaf."""
     for read, number in reversed(raised.trace.grad_reads):
@@ -817,7 +850,26 @@ def _none_for_a_gradient(raised: _Raised) -> str | None:
 def _hooked(raised: _Raised) -> str | None:
     """Explain a gradient that a hook changed wrongly by the line that registered the hook."""
     places = set(raised.trace.hooks.values())
-    return _words.error_note("hook", _at(places.pop())) if len(places) == 1 else None
+    if places:
+        return _words.error_note("hook", _at(places.pop())) if len(places) == 1 else None
+    hooks = {id(h): h for p in raised.inspection.parameters.values() for h in hooks_of(p)}
+    codes = [_frames.code_of(hook) for hook in hooks.values()]
+    if len(codes) != 1 or codes[0] is None:
+        return None
+    returned = _source.returned(codes[0], None)
+    return _words.error_note("hook_returns", _listed(*map(_statement, returned)))
+
+
+def _reentrant(raised: _Raised) -> str | None:
+    """Explain a reentrant checkpoint by its call."""
+    ops = raised.trace.ops
+    own = (
+        op.around or op.place
+        for op in ops
+        if op.around or op.wrapper is Wrapper.REENTRANT_CHECKPOINT
+    )
+    asked = None if raised.asked is None else _at(raised.asked.place)
+    return _words.error_note("reentrant_inputs", _listed(_at(next(own, None)), asked))
 
 
 def _recomputed(raised: _Raised) -> str | None:
@@ -850,6 +902,59 @@ def _vector(raised: _Raised) -> str | None:
 _BY_PLACE[_vector] = "func_of_a_vector"
 
 
+# Optimizers, and what they are given ------------------------------------------------------------------
+
+
+def _stepped_over_nothing(raised: _Raised) -> str | None:
+    """Explain a scaler that has seen no gradient of an optimizer's by what the optimizer holds."""
+    held = _found_in(raised.error, "optimizer")
+    groups = getattr(held, "param_groups", ())
+    parameters = raised.inspection.parameters
+    owned = {id(p) for group in groups for p in group["params"]}
+    mine = [name for name, p in parameters.items() if id(p) in owned]
+    last = _at(_last_of_user(raised.error))
+    if mine:
+        found = raised.inspection.diagnose(dict.fromkeys(mine, Status.MISSING), 0)
+        said = [explain.render(d, tuple(parameters)) for d in found[:1]]
+        return "\n\n".join([_words.error_note("nothing_to_unscale", last), *said])
+    loose = [name for name, p in parameters.items() if p.requires_grad and id(p) not in owned]
+    modules = [part for name in loose for part in reversed(name.split(".")[:-1])]
+    for part in dict.fromkeys([*modules, *(name.rpartition(".")[2] for name in loose)]):
+        put = [s for file in _files_of(raised) for s in _source.reassignments(file, part)]
+        if put:
+            return _words.error_note("held_before", _listed(_statement(put[0]), last))
+    return _words.error_note("nothing_to_unscale", last)
+
+
+def _files_of(raised: _Raised) -> list[str]:
+    """Return the user's files that the model's classes, and the lines that the error passed, are in."""
+    files = [place.code.co_filename for place in reversed(_users_own(raised.error))]
+    for module in raised.model.modules():
+        file = _source.file_of(type(module))
+        if file is not None and _frames.owner_of_file(file) is _frames.Owner.USER:
+            files.append(file)
+    return list(dict.fromkeys(files))
+
+
+def _sparse(raised: _Raised) -> str | None:
+    """Explain an optimizer that is given sparse gradients by the only place that asks for these."""
+    asked = [s for file in _files_of(raised) for s in _source.keywords(file, "sparse")]
+    last = _at(_last_of_user(raised.error))
+    return _words.error_note("sparse", _listed(*map(_statement, asked[:1]), last))
+
+
+def _norm_in_vmap(raised: _Raised) -> str | None:
+    """Explain a layer that counts its inputs under ``vmap`` by the line that made it."""
+    layer = _found_in(raised.error, "self")
+    last = _at(_last_of_user(raised.error))
+    for module in raised.model.modules():
+        for name, child in module.named_children():
+            made = _source.keepings(type(module), name) if child is layer else []
+            if made:
+                return _words.error_note("norm_in_vmap", _listed(_statement(made[0]), last))
+    return _words.error_note("norm_in_vmap", last)
+
+
 # Where it failed ------------------------------------------------------------------------------------
 
 
@@ -858,10 +963,11 @@ def _failing(kind: str) -> _Find:
 
     def find(raised: _Raised) -> str | None:
         failed = raised.failed
-        if failed is None or failed.place is None:
+        place = _before_torch(raised.error) if failed is None else failed.place
+        if place is None:
             return None
-        places = [*raised.callers_of(failed.place), failed.place]
-        return _words.error_note(kind, functools.reduce(_both, map(_at, places)))
+        places = [*raised.callers_of(place), place]
+        return _words.error_note(kind, _listed(*map(_at, places)))
 
     _BY_PLACE[find] = kind
     return find
@@ -900,6 +1006,13 @@ def _last_of_user(error: Exception) -> _frames.Place | None:
     return next(reversed(_users_own(error)), None)
 
 
+def _before_torch(error: Exception) -> _frames.Place | None:
+    """Return the user's own line that an error passed last, where the user's code did not raise it itself."""
+    raised = _innermost(error)
+    own = raised is None or _frames.owner(raised.tb_frame.f_code) is _frames.Owner.USER
+    return None if own else _last_of_user(error)
+
+
 def _innermost(error: Exception) -> TracebackType | None:
     """Return the last entry of a traceback: where the error was raised."""
     return next(reversed(list(_entries(error))), None)
@@ -910,6 +1023,13 @@ def _local(error: Exception, name: str) -> Tensor | None:
     raised = _innermost(error)
     held = None if raised is None else raised.tb_frame.f_locals.get(name)
     return held if isinstance(held, Tensor) else None
+
+
+def _found_in(error: Exception, name: str) -> Any:
+    """Return what a local variable held in the innermost frame that has it as an optimizer or a module."""
+    kinds = (torch.optim.Optimizer, torch.nn.Module)
+    held = [entry.tb_frame.f_locals.get(name) for entry in _entries(error)]
+    return next((value for value in reversed(held) if isinstance(value, kinds)), None)
 
 
 def _line_of(error: Exception) -> tuple[str, int] | None:
@@ -990,9 +1110,10 @@ _KINDS: tuple[tuple[str, _Find], ...] = (
             "complex_loss", lambda _, dtype: dtype.is_complex, frozenset(["mean", "sum"])
         ),
     ),
-    ("an `inputs` parameter", _failing("reentrant_inputs")),
+    ("an `inputs` parameter", _reentrant),
     ("Inference tensors cannot be saved for backward", _inference),
     ("Inplace update to inference tensor", _inference),
+    ("on inference tensor outside InferenceMode", _inference),
     ("is not differentiable with respect to argument", _failing("no_derivative")),
     ("is not implemented", _without_derivative),
     ("no autograd formula was registered", _without_formula),
@@ -1022,6 +1143,15 @@ _KINDS: tuple[tuple[str, _Find], ...] = (
     ("Recomputed values for the following tensors have different metadata", _recomputed),
     ("can't optimize a non-leaf Tensor", _no_leaf),
     ("' as parameter '", _raising("no_parameter")),
+    ("unscale_() has already been called", _raising("unscaled_twice")),
+    ("Attempting to unscale FP16 gradients", _raising("half_parameters")),
+    ("No inf checks were recorded for this optimizer", _stepped_over_nothing),
+    ("does not support sparse gradients", _sparse),
+    ("refusing to serialize non-leaf tensor", _serialised),
+    ("attempting to assign a gradient of size", _failing("grad_of_another_size")),
+    ("refers to a single memory location", _failing("expanded_in_place")),
+    ("Batch norm got a batched tensor as input", _norm_in_vmap),
+    ("' returned nan values in its", _not_a_number),
     ("object has no attribute 'backward'", _number_for_a_loss),
     ("'NoneType'", _none_for_a_gradient),
     ("vmap: It looks like you're", _raising("item_in_vmap")),

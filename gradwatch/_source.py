@@ -116,10 +116,21 @@ def is_of_arguments(step: Step) -> bool:
     if inside is None or read is None:
         return False
     arguments = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) - {"self", "cls"}
+    loops = [node for node in own_nodes(inside) if isinstance(node, (ast.For, ast.comprehension))]
+    # What a loop takes out of an argument was chosen with it.
+    taken = {
+        name.id: loop
+        for loop in loops
+        if root_of(loop.iter) in arguments
+        for name in ast.walk(loop.target)
+        if isinstance(name, ast.Name)
+    }
+    arguments |= taken.keys()
+    own = {id(name) for loop in taken.values() for name in ast.walk(loop.target)}
     changed = {
         node.id
         for node in own_nodes(inside)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and id(node) not in own
     }
     names = {node.id for node in ast.walk(read) if isinstance(node, ast.Name)}
     names &= {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
@@ -272,6 +283,7 @@ def stores(step: Step) -> list[Statement]:
         n for n in ast.walk(module) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
     names = _given_names(read, {n.name: n for n in functions})
+    names |= _containers(names, inside or module)
     found = [
         (rank, kept)
         for definition in [*functions, module]
@@ -293,6 +305,27 @@ def stores(step: Step) -> list[Statement]:
         if definition is module or node in nodes:
             found += [(1, kept) for kept in nodes if _computes(kept, outer)]
     return _statements(code.co_filename, [kept for _, kept in sorted(found, key=lambda p: p[0])])
+
+
+def fillings(step: Step) -> list[Statement]:
+    """Return where a file fills the attribute from which a loop takes what an expression is given."""
+    inside, module = function(step[0]) or tree(step[0].co_filename), tree(step[0].co_filename)
+    read = None if inside is None else expression(step, inside)
+    if inside is None or module is None or read is None:
+        return []
+    names = _containers({n.id for n in ast.walk(read) if isinstance(n, ast.Name)}, inside)
+    found = [n for n in ast.walk(module) if any(_keeps(n, name, "") == 0 for name in names)]
+    return _statements(step[0].co_filename, found)
+
+
+def _containers(names: set[str], inside: ast.AST) -> set[str]:
+    """Return the attributes from which loops take values of some names: `frames` of `for old in self.frames`."""
+    loops = [n for n in ast.walk(inside) if isinstance(n, (ast.For, ast.comprehension))]
+    return {
+        loop.iter.attr
+        for loop in loops
+        if isinstance(loop.iter, ast.Attribute) and last_name(loop.target) in names
+    }
 
 
 def _has_fields(cls: ast.ClassDef, names: set[str]) -> bool:
@@ -372,6 +405,46 @@ def _changed(part: ast.AST, outer: set[str]) -> Iterator[str]:
                 yield held.attr
             elif node.func.attr in _DRAWS and root_of(held) != "torch":
                 yield last_name(held)
+
+
+def outer_assignment(step: Step) -> Statement | None:
+    """Return what assigned a name that an expression reads, in a function around its own, by a call."""
+    code = step[0]
+    inside, module = function(code), tree(code.co_filename)
+    read = None if inside is None else expression(step, inside)
+    if read is None or module is None or not code.co_freevars:
+        return None
+    names = {n.id for n in ast.walk(read) if isinstance(n, ast.Name)} & {*code.co_freevars}
+    for outer in ast.walk(module):
+        nodes = list(own_nodes(outer)) if isinstance(outer, ast.FunctionDef) else []
+        if inside in nodes:
+            found = [n for n in nodes if _computes(n, names)]
+            if found:
+                return _statements(code.co_filename, found)[0]
+    return None
+
+
+def keywords(file: str, name: str) -> list[Statement]:
+    """Return the calls in a file that set a keyword to True."""
+    module = tree(file)
+    nodes = () if module is None else ast.walk(module)
+    return _statements(file, [n for n in nodes if isinstance(n, ast.Call) and _sets(n, name)])
+
+
+def _sets(call: ast.Call, name: str) -> bool:
+    return any(
+        k.arg == name and isinstance(k.value, ast.Constant) and k.value.value is True
+        for k in call.keywords
+    )
+
+
+def reassignments(file: str, name: str) -> list[Statement]:
+    """Return where a file assigns an attribute of this name, but for its ``__init__`` methods."""
+    module = tree(file)
+    nodes = () if module is None else ast.walk(module)
+    functions = [n for n in nodes if isinstance(n, ast.FunctionDef) and n.name != "__init__"]
+    found = [n for f in functions for n in own_nodes(f) if _assigns(n, name)]
+    return _statements(file, found)
 
 
 def surrounding(step: Step, name: str) -> Statement | None:

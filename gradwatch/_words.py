@@ -395,6 +395,10 @@ ERRORS = {
         "a hook that is registered here returns a gradient of another shape or type than it was given",
         "return a gradient like the one that came, or None to leave it as it is",
     ),
+    "hook_returns": (
+        "a hook returns a gradient of another shape or type than it was given",
+        "return a gradient like the one that came, or None to leave it as it is",
+    ),
     "recomputed": (
         "what runs inside of this checkpoint does something else when backward runs it again",
         "let it depend on its arguments alone: no counter, no random number of Python's, no state that it changes",
@@ -414,6 +418,46 @@ ERRORS = {
     "number": (
         "the loss is a number: it left torch here, and has no `backward`",
         "add up the tensors themselves, and take `.item()` for the log only",
+    ),
+    "unscaled_twice": (
+        "gradients are unscaled here for the second time since `scaler.update()`",
+        "call `unscale_()` once for each step of the optimizer: in the micro-batch in which it steps",
+    ),
+    "half_parameters": (
+        "the parameters are in float16, and a GradScaler is for parameters in float32",
+        "keep the model in float32 and run it under `torch.autocast`, or do without the scaler",
+    ),
+    "nothing_to_unscale": (
+        "no parameter of the optimizer that steps here has got a gradient",
+        None,
+    ),
+    "held_before": (
+        "the optimizer holds parameters that the model does not have any more: they were replaced here",
+        "build the optimizer after the model is complete",
+    ),
+    "sparse": (
+        "an optimizer for dense gradients is given sparse ones",
+        "leave out `sparse=True`, or give these parameters to `torch.optim.SparseAdam`",
+    ),
+    "serialised": (
+        "a tensor with a history is sent to another process",
+        "`.detach()` it before it is sent",
+    ),
+    "grad_of_another_size": (
+        "a gradient of another size than the parameter is assigned",
+        "give it the shape of the parameter: `p.grad = piece.view_as(p)`",
+    ),
+    "expanded_in_place": (
+        "a tensor whose elements share memory, as those of `expand` do, is changed in place",
+        "write `x = x + y` in place of `x += y`, or `.clone()` it first",
+    ),
+    "norm_in_vmap": (
+        "a layer counts its inputs in place, which `vmap` does not allow",
+        "use `GroupNorm`, or pass `track_running_stats=False` to the layer",
+    ),
+    "anomaly": (
+        "the backward of this operation is not finite at the values that it was given",
+        "keep it away from them: add an epsilon, or choose what goes in with `torch.where`",
     ),
     "grad_outputs": (
         "`grad_outputs` has another shape than what is differentiated",

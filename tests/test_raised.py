@@ -1454,6 +1454,241 @@ class DroppedAtRandomInACheckpoint(Net):
         return self.head(checkpoint(self.block, self.enc(x), use_reentrant=False)).mean()
 
 
+class UnscaledInEachMicroBatch(Net):
+    words = "unscale_() has already been called"
+    advice = "once for each step of the optimizer"
+
+    def run(self, x):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for _ in range(2):
+            scaler.scale(self.head(self.enc(x)).mean()).backward()
+            scaler.unscale_(optimizer)  # <- here
+
+
+class HalfWithAScaler(Net):
+    words = "Attempting to unscale FP16 gradients"
+    advice = "torch.autocast"
+
+    def run(self, x):
+        self.half()
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler.scale(self.enc(x.half()).float().mean()).backward()
+        scaler.step(optimizer)  # <- here
+
+
+class HeadReplacedBehindTheOptimizer(Net):
+    words = "No inf checks were recorded for this optimizer"
+    advice = "after the model is complete"
+
+    def __init__(self):
+        super().__init__()
+        self.requires_grad_(requires_grad=False)
+        self.probe = nn.Linear(3, 1)
+        self.optimizer = torch.optim.SGD(self.probe.parameters(), 0.1)
+        self.resize()
+
+    def resize(self):
+        self.probe = nn.Linear(3, 2)  # <- here
+
+    def run(self, x):
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler.scale(self.probe(x).mean()).backward()
+        scaler.step(self.optimizer)
+
+
+class OptimizerOfWhatIsCutOff(Net):
+    """The optimizer's parameters are the model's: the cause is why they got no gradient."""
+
+    words = "No inf checks were recorded for this optimizer"
+    advice = "remove `.detach()`"
+
+    def run(self, x):
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        optimizer = torch.optim.SGD(self.enc.parameters(), 0.1)
+        h = self.enc(x).detach()  # <- here
+        scaler.scale(self.head(h).mean()).backward()
+        scaler.step(optimizer)
+
+
+class SparseTableWithAdam(Net):
+    words = "does not support sparse gradients"
+    advice = "SparseAdam"
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 3, sparse=True)  # <- here
+
+    def run(self, x):
+        optimizer = torch.optim.Adam(self.parameters(), 0.1)
+        self.head(self.table(torch.arange(4))).mean().backward()
+        optimizer.step()
+
+
+class FeaturesOutsideOfTheClosure(Net):
+    """What the closure reads was computed around it, by a layer: the layer's call is shown."""
+
+    words = "Trying to backward through the graph a second time"
+    advice = "`.detach()`"
+
+    def run(self, x):
+        optimizer = torch.optim.LBFGS(self.parameters(), max_iter=3)
+        features = self.enc(x)  # <- here
+
+        def closure():
+            optimizer.zero_grad()
+            loss = self.head(features.exp()).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+class IntegerParameter(Net):
+    words = "Only Tensors of floating point and complex dtype can require gradients"
+    advice = "keep the value in floating point"
+
+    def forward(self, x):
+        self.bits = nn.Parameter(self.enc.weight.detach().argmax(1))  # <- here
+        return self.head(self.enc(x) * self.bits).mean()
+
+
+class SentWithItsHistory(Net):
+    words = "refusing to serialize non-leaf tensor"
+    advice = "`.detach()` it before it is sent"
+
+    def forward(self, x):
+        chosen = self.enc(x).log_softmax(-1)[:, 0]  # <- here
+        torch.multiprocessing.get_context("spawn").SimpleQueue().put(chosen)
+        return chosen.mean()
+
+
+class FlatPieceForAGradient(Net):
+    words = "attempting to assign a gradient of size"
+    advice = "p.grad = piece.view_as(p)"
+
+    def run(self, x):
+        loss = self.head(self.enc(x)).mean()
+        (grad,) = torch.autograd.grad(loss, [self.enc.weight])
+        self.enc.weight.grad = grad.flatten()  # <- here
+
+
+class AddedToAnExpandedTensor(Net):
+    words = "refers to a single memory location"
+    advice = "`.clone()` it first"
+
+    def forward(self, x):
+        slots = self.enc.bias.tanh().expand(4, 3)
+        slots += self.enc(x)  # <- here
+        return self.head(slots).mean()
+
+
+class GradientForAnInferenceTensor(Net):
+    words = "on inference tensor outside InferenceMode"
+    advice = "torch.no_grad()"
+
+    def forward(self, x):
+        with torch.inference_mode():
+            z = self.enc(x)  # <- here
+        return self.head(z.requires_grad_()).mean()
+
+
+class BatchNormInVmap(Net):
+    words = "Batch norm got a batched tensor as input"
+    advice = "GroupNorm"
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)  # <- here
+
+    def forward(self, x):
+        return self.head(torch.vmap(lambda row: self.norm(row.expand(2, 3)))(x)).mean()
+
+
+class GradThroughAReentrantCheckpoint(Net):
+    words = "torch.utils.checkpoint is incompatible with .grad()"
+    advice = "use_reentrant=False"
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        energy = checkpoint(self.enc, x, use_reentrant=True).sum()  # <- here
+        return torch.autograd.grad(energy, x)[0].norm()
+
+
+class FramesInAQueue(Net):
+    """The container from which a loop takes what is used again tells more than where it was held for a while."""
+
+    words = "Trying to backward through the graph a second time"
+    advice = "`.detach()` it where it is kept"
+    steps = 2
+
+    def __init__(self):
+        super().__init__()
+        self.newest, self.frames = None, []
+
+    def forward(self, x):
+        self.newest = self.enc(x).tanh()
+        loss = self.head(self.newest).mean()
+        loss = loss + sum((self.newest - old).abs().mean() for old in self.frames)
+        self.frames.append(self.newest)  # <- here
+        return loss
+
+
+class RowsByAHook(Net):
+    """A hook that was registered before the step is shown by what it returns."""
+
+    words = "has changed the size of value"
+    advice = "like the one that came"
+
+    def __init__(self):
+        super().__init__()
+        self.enc.weight.register_hook(self.first_rows)
+
+    def first_rows(self, grad):
+        return grad[:2]  # <- here
+
+    def forward(self, x):
+        return self.head(self.enc(x)).mean()
+
+
+class RootOfZeroInAnomalyMode(Net):
+    words = "Function 'SqrtBackward0' returned nan values"
+    advice = "add an epsilon"
+
+    def forward(self, x):
+        h = self.enc(x)
+        far = (h.square().sum(1) + 1.0).sqrt()
+        near = (h - h).square().sum(1).sqrt()  # <- here
+        return (far + near * 0.0).mean()
+
+    def run(self, x):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.autograd.detect_anomaly():
+                self(x).backward()
+
+
+def switch_off(value):
+    if isinstance(value, dict):
+        for part in value.values():
+            switch_off(part)
+    else:
+        value.requires_grad = False
+
+
+class FlagOfResultsInAMapping(Net):
+    """Calls that hand on what they were given lead back to the one that chose it."""
+
+    words = "you can only change requires_grad flags of leaf variables"
+    advice = "x.detach()"
+
+    def forward(self, x):
+        parts = {"low": self.enc(x)}
+        switch_off(parts)  # <- here
+        return self.head(parts["low"]).mean()
+
+
 class Store:
     def __init__(self):
         self.keys = {}
