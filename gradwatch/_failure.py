@@ -1,0 +1,206 @@
+"""What is known of an error that ended a step, and how the places in a note on it are written.
+
+What this room knows that no other does: which lines of a traceback are the user's own, what the frames of
+torch's held as it raised, and which call, backward pass or operation of the trace was the last one.
+
+Limits: what frames held is read by the names of torch's own local variables; where one has moved, a note has
+one line less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gradwatch import _frames, _source, _words
+from gradwatch._record import node_of, tensors_in
+from gradwatch.report import Site
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from types import TracebackType
+
+    from torch import nn
+
+    from gradwatch._diagnose import Inspection
+    from gradwatch._record import Backward, Failed, Op
+    from gradwatch._trace import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """An error, and what is known of the step that it ended."""
+
+    error: Exception
+    inspection: Inspection
+    model: nn.Module
+
+    @property
+    def message(self) -> str:
+        return str(self.error)
+
+    @property
+    def trace(self) -> Trace:
+        return self.inspection.trace
+
+    @property
+    def failed(self) -> Failed | None:
+        """The call of torch's that raised this very error, and none that the user has caught before."""
+        failed = self.trace.failed
+        if failed is None or failed.place is None:
+            return None
+        passed = ((entry.tb_frame.f_code, entry.tb_lasti) for entry in entries(self.error))
+        return failed if failed.place[:2] in passed else None
+
+    @property
+    def asked(self) -> Backward | None:
+        """The backward pass that raised this very error, before it began or on its way."""
+        last = self.trace.backwards[-1] if self.trace.backwards else None
+        failed = self.failed
+        return (
+            last if last is not None and failed is not None and last.place == failed.place else None
+        )
+
+    def callers_of(self, place: _frames.Place | None) -> list[_frames.Place]:
+        """Return the calls that chose what an expression was given, the outermost first."""
+        stack = users_own(self.error)
+        while stack and place is not None and stack[-1][:2] != place[:2]:
+            stack.pop()
+        found: list[_frames.Place] = []
+        while len(stack) > 1 and _source.is_of_arguments(stack.pop()[:2]):
+            found.insert(0, stack[-1])
+        return found
+
+    def cut_of(self, numbers: Iterable[int]) -> str | None:
+        """Return where values lost their history: an operation, or the freezing of what they came from."""
+        trace, seen = self.trace, set[int]()
+        todo = [number for number in numbers if not trace.values[number].tracked]
+        while todo:
+            number = todo.pop(0)
+            op = self.maker_of(number)
+            if number in seen or op is None:
+                continue
+            seen.add(number)
+            names = {trace.values[n].parameter for n in op.inputs} - {None}
+            frozen = [trace.freezings[name] for name in names if name in trace.freezings]
+            if frozen:
+                return at(frozen[0])
+            if any(trace.values[n].tracked for n in op.inputs):
+                return listed(at(op.place), self.switched_off(op))
+            todo.extend(op.inputs)
+        return None
+
+    def switched_off(self, op: Op) -> str | None:
+        """Return where gradients, or inference mode, were switched for an operation that ran without them."""
+        if op.grad_mode:
+            return None
+        switch = self.trace.switch_before(op)
+        for step in () if switch is not None else op.stack:
+            found = _source.surrounding(step, "inference_mode")
+            if found is not None:
+                return role_of("gradients are off in there", statement(found))
+        return role_of("gradients are off from here on", at(switch))
+
+    def maker_of(self, number: int) -> Op | None:
+        """Return the operation that made a value, where it ran in this step."""
+        producer = self.trace.values[number].producer
+        return None if producer is None else self.trace.ops[producer]
+
+
+def begun_at(error: Exception) -> list[Any]:
+    """Return the nodes of the tensors that the call which raised was given: what a backward began at."""
+    nodes: list[Any] = []
+    for entry in entries(error):
+        held = entry.tb_frame.f_locals
+        given = [held.get(name) for name in ("self", "tensors", "outputs")]
+        nodes = [node for tensor in tensors_in(given) if (node := node_of(tensor))] or nodes
+    return nodes
+
+
+def entries(error: Exception) -> Iterator[TracebackType]:
+    """Yield the entries of a traceback, the outermost first."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        yield traceback
+        traceback = traceback.tb_next
+
+
+def users_own(error: Exception) -> list[_frames.Place]:
+    """Return the user's own lines that an error passed, the outermost first."""
+    return [
+        _frames.Place(entry.tb_frame.f_code, entry.tb_lasti)
+        for entry in entries(error)
+        if _frames.owner(entry.tb_frame.f_code) is _frames.Owner.USER
+    ]
+
+
+def last_of_user(error: Exception) -> _frames.Place | None:
+    """Return the user's own line that an error passed last."""
+    return next(reversed(users_own(error)), None)
+
+
+def before_torch(error: Exception) -> _frames.Place | None:
+    """Return the user's own line that an error passed last, where the user's code did not raise it itself."""
+    raised = innermost(error)
+    own = raised is None or _frames.owner(raised.tb_frame.f_code) is _frames.Owner.USER
+    return None if own else last_of_user(error)
+
+
+def innermost(error: Exception) -> TracebackType | None:
+    """Return the last entry of a traceback: where the error was raised."""
+    return next(reversed(list(entries(error))), None)
+
+
+def local_tensor(error: Exception, name: str) -> Tensor | None:
+    """Return a tensor that a local variable held in the frame that raised."""
+    raised = innermost(error)
+    held = None if raised is None else raised.tb_frame.f_locals.get(name)
+    return held if isinstance(held, Tensor) else None
+
+
+def local_owner(error: Exception, name: str) -> Any:
+    """Return what a local variable held in the innermost frame that has it as an optimizer or a module."""
+    kinds = (torch.optim.Optimizer, torch.nn.Module)
+    held = [entry.tb_frame.f_locals.get(name) for entry in entries(error)]
+    return next((value for value in reversed(held) if isinstance(value, kinds)), None)
+
+
+def line_of(error: Exception) -> tuple[str, int] | None:
+    """Return file and line at which an error was raised."""
+    raised = innermost(error)
+    return None if raised is None else (raised.tb_frame.f_code.co_filename, raised.tb_lineno)
+
+
+def line(place: _frames.Place | None) -> tuple[str, int] | None:
+    site = _frames.site_of(place)
+    return None if place is None or site is None else (place.code.co_filename, site.line)
+
+
+def role_of(role: str, place: str | None) -> str | None:
+    """Return a place with what it has to do with the error."""
+    return None if place is None else f"{place} ({role})"
+
+
+def listed(*places: str | None) -> str | None:
+    """Return the places of a note, the root first; one that stands there already, whatever its part, is left out."""
+    lines: list[str] = []
+    for place in places:
+        for line in () if place is None else place.split("\n  --> "):
+            bare = line.rpartition("`")[0] or f"{line} "
+            if not any(known.startswith(bare) for known in lines):
+                lines.append(line)
+    return "\n  --> ".join(lines) or None
+
+
+def statement(statement: _source.Statement) -> str:
+    return _words.place(Site(statement.file, statement.line, source=statement.text))
+
+
+def at(place: _frames.Place | None) -> str | None:
+    site = _frames.site_of(place)
+    if site is None:
+        return None
+    return listed(_words.place(site.caller) if site.caller else None, _words.place(site))

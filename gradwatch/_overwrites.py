@@ -1,0 +1,130 @@
+"""Which of several writes in place an error of autograd's speaks of.
+
+What this room knows that no other does: how shapes, versions, and the names of nodes in torch's message single
+out one write, among views that share a version and results that are named after what made them.
+
+Limits: two writes that agree in all of these are told apart by their order alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from gradwatch._graph import Passed
+    from gradwatch._record import Record, Value, Write
+
+
+def culprit(
+    writes: list[Write],
+    shape: tuple[int, ...],
+    node: str | None,
+    versions: tuple[int, int],
+    *,
+    trace: Record,
+    passes: Iterable[Passed],
+) -> tuple[Write | None, bool]:
+    """Return the write that an error speaks of, and whether the node it names is what was overwritten.
+
+    None where neither the node nor the shape of any fits.
+
+    Views share a version, not a shape; the weight of a linear layer is saved transposed. A result is named
+    after what made it, an argument after the last write into it.
+
+    Args:
+        writes: Those that came after the tensor was saved, as far as their versions tell.
+        shape: Its shape.
+        node: The name of its node, as torch shortens it; None for a leaf.
+        versions: The version after the first write that can be meant, and after the last one.
+        trace: The trace of the step.
+        passes: What was seen of its backward passes.
+    """
+    values = trace.values
+    passed = (each for one in passes for each in one.nodes)
+    tags = {each.tag for each in passed if _is_named(node, each.name)}
+    overwritten = [
+        w
+        for w in writes
+        if any(_is_named(node, other) for _, other in w.targets)
+        or any(values[number].producer in tags for number in w.before)
+    ]
+    last = [w for w in writes if any(values[number].producer in tags for number in w.made)]
+    named = set(overwritten) or _with_earlier(last, writes)
+    shaped: set[Write] | frozenset[Write] = next(
+        (
+            found
+            for same in (tuple, sorted, math.prod)
+            if (found := {w for w in writes if any(same(shape) == same(s) for s, _ in w.targets)})
+        ),
+        frozenset(),
+    )
+    if not named and not shaped:
+        return None, False
+    last_versions = _last_versions(writes)
+    tests: list[Callable[[Write], bool]] = [
+        # A leaf has no node of its own, and a view of it has one.
+        lambda w: node is None or any(values[n].tracked for n in w.made),
+        lambda w: node is not None or not any(_has_history(values[n]) for n in w.made),
+        lambda w: last_versions[w.made] == versions[1],
+        lambda w: not named or w in named,
+        lambda w: not shaped or w in shaped,
+        lambda w: _was_read(w, trace),
+        lambda w: w.version == versions[0],
+    ]
+    likely = writes
+    for holds in tests:
+        likely = [w for w in likely if holds(w)] or likely
+    write = next(iter(likely), None)
+    return write, write in overwritten
+
+
+def _has_history(value: Value) -> bool:
+    return value.tracked and value.parameter is None and value.label is None
+
+
+def _was_read(write: Write, trace: Record) -> bool:
+    """Tell whether something with a gradient was computed from a tensor before it was overwritten."""
+    own = min((trace.values[number].producer or 0 for number in write.made), default=0)
+    before = set(write.before)
+    return any(
+        not before.isdisjoint(op.inputs) and any(trace.values[n].tracked for n in op.outputs)
+        for op in trace.ops[:own]
+    )
+
+
+def _last_versions(writes: list[Write]) -> dict[tuple[int, ...], int]:
+    """Return for each write, by what it made, the version after the last write into the same tensor."""
+    later: dict[int, int] = {}
+    found: dict[tuple[int, ...], int] = {}
+    for write in reversed(writes):
+        version = max([write.version, *(later[n] for n in write.made if n in later)])
+        later.update(dict.fromkeys(write.before, version))
+        found[write.made] = version
+    return found
+
+
+def _with_earlier(some: list[Write], writes: list[Write]) -> set[Write]:
+    """Return some writes with those into the same tensors before them."""
+    by_value = {number: write for write in writes for number in write.made}
+    found: set[Write] = set()
+    todo = list(some)
+    while todo:
+        write = todo.pop()
+        if write not in found:
+            found.add(write)
+            todo += [by_value[number] for number in write.before if number in by_value]
+    return found
+
+
+def _is_named(node: str | None, other: str | None) -> bool:
+    """Tell whether two names are of one node: torch's messages leave `Backward0` out of some."""
+    return node is not None and other is not None and stem(node) == stem(other)
+
+
+def stem(node: str) -> str:
+    """Return a node's name as torch's messages have it: `Add` for `AddBackward0`, `Clamp1` for `ClampBackward1`."""
+    name, found, number = node.rpartition("Backward")
+    return f"{name}{number.removeprefix('0')}" if found else node
