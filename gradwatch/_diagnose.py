@@ -349,6 +349,8 @@ class Inspection(BackwardListener):
         if last is None:
             notes = (_words.NOT_IN_THE_GRAPH, _words.RULED_OUT)
             return Finding(Cause.UNDETERMINED, notes=notes)
+        if last.kind is Kind.GRAD and any(self.trace.values[n].tracked for n in last.outputs):
+            return replace(self._at(Cause.NOT_IN_LOSS, last), notes=(_words.DROPS_OUT,))
         others = [number for number in last.outputs if number not in flow.reaching]
         dropped = len(last.outputs) > 1 and any(self.trace.values[n].tracked for n in others)
         return self._at(Cause.NOT_IN_LOSS if dropped else Cause.NON_DIFFERENTIABLE, last)
@@ -472,11 +474,14 @@ class Inspection(BackwardListener):
     def _cut_before_transforms(self, name: str, flow: Flow) -> Op | None:
         """Return what detached a parameter before it went where nothing is seen, if nothing else read it."""
         reads = flow.reads.get(name, [])
-        detached = [op for op in reads if op.kind is Kind.SEVER]
-        if not detached or len(detached) < len(reads):
+        if not reads or any(op.kind is not Kind.SEVER for op in reads):
             return None
-        used = any(self._first_reader(op) is not None for op in detached)
-        return detached[-1] if used else None
+        readers = [reader for op in reads if (reader := self._first_reader(op)) is not None]
+        values = self.trace.values
+        # What is detached for a log is read by something that is seen.
+        if all(any(values[n].wrapped for n in reader.outputs) for reader in readers):
+            return reads[-1]
+        return None
 
     def _made_before(self, name: str, flow: Flow) -> Finding | None:
         """Look for an attribute that was computed from the parameter before the pass began."""

@@ -51,6 +51,8 @@ class _RareOfValue:
     """Shape and dtype of a leaf that wants a gradient and is not registered in the model."""
     alien: weakref.ref[Tensor] | None = None
     """That leaf."""
+    wrapped: bool = False
+    """Whether ``torch.func`` or the like had wrapped it, so that it cannot be followed."""
 
 
 class Value(_RareOfValue):

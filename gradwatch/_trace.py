@@ -450,8 +450,12 @@ class Trace(Record):
             memory: int | None = tensor.untyped_storage().data_ptr()
         except (RuntimeError, NotImplementedError, ValueError):  # rare kinds of tensors
             version, memory = version_of(tensor), memory_of(tensor)
-            hidden = memory is None and tensor.layout is torch.strided
-            self.opaque = self.opaque or (hidden and not hasattr(tensor, "to_local"))
+            value.wrapped = (
+                memory is None
+                and tensor.layout is torch.strided
+                and not hasattr(tensor, "to_local")
+            )
+            self.opaque = self.opaque or value.wrapped
         entry = self._known[id(tensor)] = _Entry(tensor)
         entry.value, entry.version = number, version
         entry.open = None if value.tracked else value

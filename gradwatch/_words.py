@@ -52,6 +52,9 @@ LABELS = {
     Cause.ZERO_GRADIENT: "the gradient becomes zero here",
     Cause.NONFINITE_GRADIENT: "the gradient becomes NaN or infinite here",
 }
+LABELS_BY_OPERATION = {
+    (Cause.NOT_IN_LOSS, "grad"): "the derivative does not depend on it",
+}
 SUMMARIES = {
     Cause.FROZEN: "`requires_grad` is False, so no gradient is computed.",
     Cause.UNUSED: "No operation of the forward pass read the parameter.",
@@ -114,6 +117,7 @@ HELPS_BY_OPERATION = {
             "use the tensors themselves, joined by `torch.stack`, in place of {call}, which copies numbers",
         ),
         (Cause.LEFT_TORCH, "bool", "choose with `torch.where`, which keeps the value in the graph"),
+        (Cause.NOT_IN_LOSS, "grad", "add a term of the value itself to the loss, or {freeze}"),
         (Cause.NO_GRAD, "grad", "pass `create_graph=True`, so that the result has a history"),
         (Cause.NON_DIFFERENTIABLE, "argmax argmin multinomial getitem", _SOFT),
         (Cause.NON_DIFFERENTIABLE, "eq ne gt ge lt le", _STEP),
@@ -151,6 +155,7 @@ TAKEN_AWAY = (
     "seen, and nothing is said about them"
 )
 SWITCHED_OFF = "GradWatch failed and has switched itself off; training goes on"
+DROPS_OUT = "an offset, such as a bias, drops out of a derivative"
 NO_STEP = "no optimizer step was seen in this run, so that nothing was judged"
 FLATTENED = (
     "FSDP1 keeps gradients in flat pieces without names, so that nothing is watched in this run; with "

@@ -135,7 +135,9 @@ def label(diagnosis: Diagnosis) -> str:
         'runs with gradient mode off'
     """
     word = _word(diagnosis.operation)
-    return _words.LABELS.get(diagnosis.cause, "").format(word=f"`{word}`" if word else "this")
+    own = _words.LABELS_BY_OPERATION.get((diagnosis.cause, word))
+    text = own or _words.LABELS.get(diagnosis.cause, "")
+    return text.format(word=f"`{word}`" if word else "this")
 
 
 def healed(diagnosis: Diagnosis, all_names: Iterable[str] = ()) -> str:

@@ -1632,6 +1632,50 @@ class DetachedBeforeATransform(Case):
         return self.head(rows).mean()
 
 
+class OffsetOfADerivative(Case):
+    """The gradient of an energy does not depend on what is only added to it."""
+
+    expect = {"not_in_loss": ("head.bias",)}
+    label = "drops out of a derivative"
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        energy = self.head(torch.tanh(self.enc(x))).sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0].square().mean()  # <- here
+
+
+class DetachedInsideOfATransform(Case):
+    """What the transform wraps is seen by nobody; what was detached for a log is no cut."""
+
+    expect = {"detached": ENC}
+
+    def forward(self, x):
+        held = {name: p.detach() for name, p in self.enc.named_parameters()}  # <- here
+
+        def energy(parameters, row):
+            return torch.func.functional_call(self.enc, parameters, (row,)).exp().sum()
+
+        slopes = torch.vmap(torch.func.grad(energy, argnums=1), in_dims=(None, 0))(held, x)
+        return self.head(slopes).mean()
+
+
+class LoggedBeforeATransform(DetachedInsideOfATransform):
+    """Whether what the transform was given was cut off cannot be told from what was logged."""
+
+    expect = {"undetermined": ENC}
+
+    def forward(self, x):
+        self.seen = self.enc.weight.detach().norm() + self.enc.bias.detach().norm()
+        state = dict(self.enc.named_parameters())
+
+        def energy(parameters, row):
+            out = torch.func.functional_call(self.enc, parameters, (row,))
+            return out.detach().exp().sum() * row.sum()
+
+        slopes = torch.vmap(torch.func.grad(energy, argnums=1), in_dims=(None, 0))(state, x)
+        return self.head(slopes).mean()
+
+
 class LoadedIntoAnother(Case):
     """A module that is made anew in every pass, and given the values of the registered one."""
 
