@@ -16,7 +16,6 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from gradwatch import _frames, _source, _words, explain
@@ -38,7 +37,7 @@ from gradwatch._failure import (
     users_own,
 )
 from gradwatch._overwrites import culprit, stem
-from gradwatch._record import MADE, held_by, hooks_of, node_of, result_of
+from gradwatch._record import MADE, held_by, hooks_of, keepers_in, node_of, result_of
 from gradwatch.report import Cause, Diagnosis, Site, Status
 
 if TYPE_CHECKING:
@@ -115,7 +114,33 @@ def _untraced(error: Exception, model: nn.Module, find: _Find) -> str:
             kept = f"{_words.place(made)} (made here)", ""
         if kept is not None and (find is _twice or made is not None):
             return _words.error_note("kept" if find is _twice else "outlived", *kept)
+    if find is _copied and (kept := _kept_anywhere(model)) is not None:
+        last = at(last_of_user(error))
+        return _words.error_note("copy_of_a_result", listed(role_of("kept here", kept[0]), last))
+    if find is _no_history:
+        return _switched_off(model) or "\n\n".join(
+            part for part in (_words.error_note("untraced", None), _frozen(model)) if part
+        )
     return _words.error_note("untraced", None)
+
+
+def _switched_off(model: nn.Module) -> str | None:
+    """Explain a loss without a history where gradient mode was left off, or everything is frozen."""
+    if not torch.is_grad_enabled():
+        classes = dict.fromkeys(map(type, model.modules()))
+        calls = dict.fromkeys(s for cls in classes for s in _source.switches(cls))
+        return _words.error_note(
+            "left_off", statement(next(iter(calls))) if len(calls) == 1 else None
+        )
+    return None if any(p.requires_grad for p in model.parameters()) else all_frozen(model)
+
+
+def _frozen(model: nn.Module) -> str | None:
+    """Return which parameters are frozen, and where that was done."""
+    names = dict(model.named_parameters())
+    frozen = tuple(name for name, p in names.items() if not p.requires_grad)
+    folded = _words.listed(explain.fold(frozen, names))
+    return _words.frozen_too(folded, _first_freezing(model)) if frozen else None
 
 
 def _outlived(error: Exception) -> _frames.Place | None:
@@ -134,16 +159,23 @@ def _outlived(error: Exception) -> _frames.Place | None:
     return None
 
 
-def _kept_anywhere(model: nn.Module, made: Site | None = None) -> tuple[str | None, str] | None:
-    """Return the statement that keeps a tensor with a history on a module, and the name it has there."""
-    for path, module in model.named_modules():
-        for name, value in held_by(module):
-            items = value if isinstance(value, (list, tuple)) else [value]
-            if any(isinstance(item, Tensor) and node_of(item) is not None for item in items):
-                statements = _source.keepings(type(module), name)
-                if statements:
-                    full = f"{path}.{name}" if path else name
-                    return _story(statements, made, None), f" (`{full}`)"
+def _kept_anywhere(
+    model: nn.Module, made: Site | None = None, read: _frames.Place | None = None
+) -> tuple[str | None, str] | None:
+    """Return the statement that keeps a tensor with a history on a module, and the name it has there.
+
+    Of several that whose name stands in the function that reads it.
+    """
+    near = frozenset() if read is None else _source.attributes_in(read.code)
+    found = [
+        (f"{path}.{name}" if path else name, statements)
+        for path, module in model.named_modules()
+        for cls, attribute, name in keepers_in(module)
+        if (statements := _source.keepings(cls, attribute))
+    ]
+    found.sort(key=lambda each: each[0].rpartition(".")[2] not in near)
+    for full, statements in found:
+        return _story(statements, made, read), f" (`{full}`)"
     return None
 
 
@@ -155,6 +187,8 @@ def _no_history(raised: Raised) -> str | None:
     inner = _in_a_backward(raised.error)
     if inner is not None:
         return _words.error_note("grad_in_backward", inner)
+    if not torch.is_grad_enabled():
+        return _switched_off(raised.model)
     asked = raised.asked
     if asked is not None and not asked.accumulates:
         cut = raised.cut_of(asked.roots)
@@ -233,7 +267,7 @@ def _first_freezing(model: nn.Module) -> str | None:
 
 def _twice(raised: Raised) -> str | None:
     """Explain a graph that an earlier backward pass has freed."""
-    kept = _kept(raised)
+    kept = _kept(raised) or _carried_over(raised)
     if kept is not None:
         return _words.error_note("kept", *kept)
     places = [at(backward.place) for backward in raised.trace.backwards]
@@ -305,6 +339,28 @@ def _kept(raised: Raised) -> tuple[str | None, str] | None:
             kept = _kept_in(raised.model, trace, op, next(readers, None))
             if kept is not None:
                 return kept
+    return None
+
+
+def _carried_over(raised: Raised) -> tuple[str | None, str] | None:
+    """Return the same of a tensor made in an earlier micro-batch of the step that was traced."""
+    trace = raised.trace
+    latest = trace.backwards[-1] if trace.backwards and len(trace.batches) > 1 else None
+    if latest is None:
+        return None
+    behind = _behind(trace, latest.roots)
+    begin = trace.batches[-1]
+    old = behind.intersection(n for op in trace.ops[:begin] for n in op.outputs)
+    for op in trace.ops[begin:]:
+        carried = [] if behind.isdisjoint(op.outputs) else sorted(old.intersection(op.inputs))
+        maker = raised.maker_of(carried[-1]) if carried else None
+        if maker is not None and op.place is not None:
+            made = _frames.site_of(maker.place)
+            filled = _source.fillings(op.place[:2])
+            if filled:
+                return _story(filled, made, op.place), ""
+            kept = _kept_anywhere(raised.model, made, op.place)
+            return kept or (_story(_source.stores(op.place[:2]), made, op.place), "")
     return None
 
 
@@ -408,6 +464,9 @@ def _written_unseen(raised: Raised, shape: tuple[int, ...], node: str | None) ->
     lookup = _renormed(raised, shape)
     if lookup is not None:
         return _words.error_note("renormed", at(lookup.place))
+    carried = _carried_over(raised) if trace.steps else None
+    if carried is not None:
+        return _words.error_note("outlived", *carried)
     if trace.steps:
         return _words.error_note("optimizer_stepped", at(trace.steps[-1][0]), node)
     kept = _kept(raised)

@@ -3,12 +3,14 @@
 What this room knows that no other does: how a tensor is looked at without keeping it, and what of an
 argument list is read. The trace fills these records; the rooms above read them when the tensors are gone.
 
-Limits: tensors are found in nested lists, tuples and dicts, not inside objects of other classes.
+Limits: the tensors of a call are found in nested lists, tuples and dicts, not inside objects of other classes.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from operator import attrgetter
 from types import MappingProxyType
@@ -184,6 +186,8 @@ class Record:
     number), place, module, and whether the result is tracked."""
     backwards: list[Backward] = field(default_factory=list)
     writes: list[Write] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
+    """Operations that ran before each micro-batch."""
     steps: list[tuple[Place | None, frozenset[str]]] = field(default_factory=list)
     """Optimizer steps: where, and the parameters they wrote."""
     clearings: dict[str, Place | None] = field(default_factory=dict)
@@ -291,6 +295,47 @@ def held_by(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in vars(module).items():
         if name not in _OF_TORCH:
             yield name, value
+
+
+_DEEP = 3
+"""Objects in objects that are looked into."""
+_MOST_ITEMS = 1000
+
+
+def keepers_in(module: torch.nn.Module) -> Iterator[tuple[type, str, str]]:
+    """Yield what keeps tensors with a history: the class, its attribute, and how the module reaches it.
+
+    Found are attributes of the module and of objects that it holds, in containers and partial functions too.
+    """
+    for name, value in held_by(module):
+        yield from _keeping(type(module), name, value, _DEEP)
+
+
+def _keeping(cls: type, name: str, value: Any, depth: int) -> Iterator[tuple[type, str, str]]:
+    items = list(_items_in(value))
+    if any(isinstance(item, Tensor) and node_of(item) is not None for item in items):
+        yield cls, name, name
+    for item in items if depth else ():
+        if isinstance(item, (Tensor, torch.nn.Module, type)) or not hasattr(item, "__dict__"):
+            continue
+        for inner, held in list(vars(item).items()):
+            for owner, attribute, path in _keeping(type(item), inner, held, depth - 1):
+                if item is value and not owner.__module__.startswith("torch."):
+                    yield owner, attribute, f"{name}.{path}"
+                else:  # a record in a container, or a distribution: what holds it is what the user wrote
+                    yield cls, name, name
+
+
+def _items_in(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        for item in islice(value, _MOST_ITEMS):
+            yield from _items_in(item)
+    elif isinstance(value, dict):
+        yield from _items_in(list(value.values()))
+    elif isinstance(value, partial):
+        yield from _items_in([*value.args, *value.keywords.values()])
+    else:
+        yield value
 
 
 def read_by(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -137,6 +137,13 @@ def is_of_arguments(step: Step) -> bool:
     return bool(names) and names <= arguments - changed
 
 
+def attributes_in(code: CodeType) -> frozenset[str]:
+    """Return the names of the attributes that a function reads or sets."""
+    inside = function(code)
+    nodes = () if inside is None else ast.walk(inside)
+    return frozenset(node.attr for node in nodes if isinstance(node, ast.Attribute))
+
+
 def only_call(code: CodeType) -> Statement | None:
     """Return the call of a function in its file, where there is one alone."""
     module = tree(code.co_filename)
@@ -284,8 +291,10 @@ def stores(step: Step) -> list[Statement]:
     ]
     names = _given_names(read, {n.name: n for n in functions})
     names |= _containers(names, inside or module)
-    found = [
-        (rank, kept)
+    homes = owner_of(module)
+    mine = None if node is None else homes.get(node)
+    found: list[tuple[int, bool, ast.AST]] = [
+        (rank, homes.get(definition) != mine, kept)
         for definition in [*functions, module]
         for kept in own_nodes(definition)
         for name in names
@@ -297,14 +306,15 @@ def stores(step: Step) -> list[Statement]:
         for cls in ast.walk(module)
         if isinstance(cls, ast.ClassDef) and _has_fields(cls, names)
     }
-    found += [(1, n) for n in ast.walk(module) if isinstance(n, ast.Call) and called(n) in made]
+    calls = [n for n in ast.walk(module) if isinstance(n, ast.Call) and called(n) in made]
+    found += [(1, False, call) for call in calls]
     # What a closure uses of the function around it, and a function of its file, was computed there.
     outer = {*code.co_freevars, *code.co_names} & names
     for definition in [*functions, module]:
         nodes = list(own_nodes(definition))
         if definition is module or node in nodes:
-            found += [(1, kept) for kept in nodes if _computes(kept, outer)]
-    return _statements(code.co_filename, [kept for _, kept in sorted(found, key=lambda p: p[0])])
+            found += [(1, False, kept) for kept in nodes if _computes(kept, outer)]
+    return _statements(code.co_filename, [n for *_, n in sorted(found, key=lambda f: f[:2])])
 
 
 def fillings(step: Step) -> list[Statement]:
@@ -438,6 +448,21 @@ def _sets(call: ast.Call, name: str) -> bool:
     )
 
 
+def switches(cls: type) -> list[Statement]:
+    """Return where the file of a class switches gradient mode by a bare call, its own methods first."""
+    module = None if (file := file_of(cls)) is None else tree(file)
+    nodes = () if module is None else ast.walk(module)
+    around = {id(item.context_expr) for n in nodes if isinstance(n, ast.With) for item in n.items}
+
+    def holds(node: ast.AST) -> bool:
+        if not (isinstance(node, ast.Call) and called(node) == "set_grad_enabled"):
+            return False
+        on = [getattr(argument, "value", None) for argument in node.args] == [True]
+        return not on and id(node) not in around
+
+    return _where(cls, holds, elsewhere=True)
+
+
 def reassignments(file: str, name: str) -> list[Statement]:
     """Return where a file assigns an attribute of this name, but for its ``__init__`` methods."""
     module = tree(file)
@@ -522,9 +547,11 @@ def root_of(node: ast.AST) -> str:
 
 def _given_names(read: ast.AST, definitions: Mapping[str, ast.AST]) -> set[str]:
     """Return the names of attributes and containers that an expression takes its operands from."""
-    given = (
-        [*read.args, *(k.value for k in read.keywords)] if isinstance(read, ast.Call) else [read]
-    )
+    given: list[ast.AST] = [read]
+    if isinstance(read, ast.Call):
+        given = [*read.args, *(k.value for k in read.keywords)]
+        if isinstance(read.func, ast.Attribute) and isinstance(read.func.value, ast.Attribute):
+            given.append(read.func.value)  # of `self.prior.log_prob(x)` the object is given too
     names: set[str] = set()
     # Of `self.prior.dist` the last name tells; of `self.memory.sum()` the one before the method.
     within = {

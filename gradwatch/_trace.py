@@ -227,6 +227,7 @@ class Trace(Record):
 
     def start(self) -> None:
         """Begin to record; the mode is the innermost one from here on."""
+        self.batches.append(len(self.ops))
         self._inside.enter_context(_eager_regions())
         self._inside.enter_context(self._mode)
         for handle in (

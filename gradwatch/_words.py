@@ -367,6 +367,10 @@ ERRORS = {
         "every parameter has `requires_grad=False`, so the loss has no history",
         "leave `requires_grad` on for the parameters that should train",
     ),
+    "left_off": (
+        "gradient mode was switched off, and is off still",
+        "switch it off with `with torch.no_grad():`, which switches it on again whatever happens",
+    ),
     "no_history": ("no parameter that requires grad reaches the loss", None),
     "overwritten": (
         "`{1}` changes a tensor in place here that a backward needs as it was",
@@ -657,9 +661,9 @@ def error_note(kind: str, where: str | None, *facts: str | None) -> str:
 
 
 def frozen_too(folded: str, where: str | None) -> str:
-    """Say that parameters which a loss without a history was computed from are frozen."""
+    """Say that parameters are frozen which a loss without a history was, or may have been, computed from."""
     at = "" if where is None else f"\n  --> {where}"
-    return f"`requires_grad` is False for {folded}, from which it was computed too{at}"
+    return f"`requires_grad` is False for {folded}{at}"
 
 
 def term_reaches_nothing(term: str, cause: str | None, at: str | None) -> str:

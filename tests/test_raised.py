@@ -1286,7 +1286,7 @@ class LeftFrozen(Net):
     """The other pass detaches on purpose; what was frozen for one pass is still frozen in the next."""
 
     words = "does not require grad and does not have a grad_fn"
-    advice = "`requires_grad` is False for `head.*`, from which it was computed too"
+    advice = "`requires_grad` is False for `head.*`"
     steps = 2
 
     def run(self, x):
@@ -1828,6 +1828,98 @@ def test_an_error_of_a_step_that_was_not_traced_is_explained_from_the_model():
     (note,) = caught.value.__notes__
     assert f"test_raised.py:{guilty_line(HiddenStateKept)}" in note
     assert "`hidden`" in note
+
+
+class Memory:
+    """What a module holds without being one itself."""
+
+    def __init__(self):
+        self.rows = []
+
+    def push(self, row):
+        self.rows.append(Kept(row))  # <- here
+
+
+class KeptInAnObject(Net):
+    def __init__(self):
+        super().__init__()
+        self.memory = Memory()
+
+    def forward(self, x):
+        self.memory.push(self.enc(x).tanh())
+        return self.head(sum(kept.chance for kept in self.memory.rows)).mean()
+
+
+class KeptInADistribution(Net):
+    def __init__(self):
+        super().__init__()
+        self.prior = torch.distributions.Normal(self.enc(torch.ones(3)), 1.0)  # <- here
+
+    def forward(self, x):
+        return -self.prior.log_prob(x).mean() + self.head(x).mean()
+
+
+def later(model, *, traced):
+    """Return the note on what the model raises in its second step, or in the second micro-batch of its first."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    with Watcher(model, optimizers=[optimizer]) as watcher, pytest.raises(RuntimeError) as caught:
+        for _ in range(2):
+            with watcher.step():
+                model.run(torch.ones(4, 3))
+                if not traced:
+                    optimizer.step()
+    (note,) = caught.value.__notes__
+    return note
+
+
+@pytest.mark.parametrize("traced", [True, False], ids=["micro-batch", "later step"])
+@pytest.mark.parametrize(
+    ("case", "holder"),
+    [
+        (KeptInAnObject, Memory),
+        (KeptInADistribution, KeptInADistribution),
+        (CellStateInADictionary, CellStateInADictionary),
+        (HiddenStateKept, HiddenStateKept),
+    ],
+    ids=lambda case: case.__name__,
+)
+def test_what_is_kept_is_named_in_a_micro_batch_and_in_a_later_step(case, holder, traced):
+    """What an object, a distribution or a module keeps is named where it was put there, traced or not."""
+    note = later(case(), traced=traced)
+
+    assert "is kept and used again" in note
+    assert f"test_raised.py:{guilty_line(holder)}: `" in note
+
+
+class LeftOff(Net):
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, x):
+        self.steps += 1
+        loss = self.head(self.enc(x)).mean()
+        torch.set_grad_enabled(False)  # <- here
+        return loss
+
+
+def test_gradient_mode_that_was_left_off_is_named_in_the_next_step():
+    """A call that switched gradients off for good is shown when the next loss has no history."""
+    try:
+        note = later(LeftOff(), traced=False)
+    finally:
+        torch.set_grad_enabled(True)
+
+    assert "gradient mode was switched off, and is off still" in note
+    assert f"test_raised.py:{guilty_line(LeftOff)}: `" in note
+
+
+def test_what_is_frozen_is_named_in_a_step_that_is_not_traced():
+    """A loss without a history in a later step is told with the parameters that are frozen, and where."""
+    note = later(LeftFrozen(), traced=False)
+
+    assert "`requires_grad` is False for `head.*`" in note
+    assert f"test_raised.py:{guilty_line(LeftFrozen)}: `" in note
 
 
 def test_a_tensor_of_the_traced_step_is_found_again_in_one_that_is_not():
