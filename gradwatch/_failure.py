@@ -161,6 +161,14 @@ def local_tensor(error: Exception, name: str) -> Tensor | None:
     return held if isinstance(held, Tensor) else None
 
 
+def local_tensors(error: Exception) -> Iterator[Tensor]:
+    """Yield the tensors that local variables held in the innermost frame of the user's own."""
+    frames = [
+        e.tb_frame for e in entries(error) if _frames.owner(e.tb_frame.f_code) is _frames.Owner.USER
+    ]
+    yield from tensors_in(frames[-1].f_locals.values() if frames else ())
+
+
 def local_owner(error: Exception, name: str) -> Any:
     """Return what a local variable held in the innermost frame that has it as an optimizer or a module."""
     kinds = (torch.optim.Optimizer, torch.nn.Module)

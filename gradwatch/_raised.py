@@ -32,12 +32,13 @@ from gradwatch._failure import (
     listed,
     local_owner,
     local_tensor,
+    local_tensors,
     role_of,
     statement,
     users_own,
 )
 from gradwatch._overwrites import culprit, stem
-from gradwatch._record import MADE, held_by, hooks_of, keepers_in, node_of, result_of
+from gradwatch._record import MADE, held_by, hooks_of, keepers_in, memory_of, node_of, result_of
 from gradwatch.report import Cause, Diagnosis, Site, Status
 
 if TYPE_CHECKING:
@@ -97,8 +98,19 @@ def _note(
         if words in message:
             if inspection is not None:
                 return find(Raised(error, inspection, model))
-            return None if find in _ONLY_TRACED else _untraced(error, model, find)
+            if find is _none_for_a_gradient:
+                return _none_untraced(error, known)
+            return None if find is _number_for_a_loss else _untraced(error, model, find)
     return None
+
+
+def _none_untraced(error: Exception, known: tuple[Diagnosis, ...]) -> str | None:
+    """Explain a ``.grad`` that is None by what is known of the parameters without one."""
+    last = last_of_user(error)
+    missing = [explain.render(d) for d in known if d.status is Status.MISSING]
+    if last is None or not missing or ".grad" not in _source.text_of(last[:2]):
+        return None
+    return "\n\n".join([_words.error_note("grad_is_none", at(last)), *missing])
 
 
 def _untraced(error: Exception, model: nn.Module, find: _Find) -> str:
@@ -253,15 +265,17 @@ def _in_a_backward(error: Exception) -> str | None:
 def all_frozen(model: nn.Module, trace: Trace | None = None) -> str:
     """Return what is to be said of a loss without a history when no parameter requires grad."""
     seen = None if trace is None else next(iter(trace.freezings.values()), None)
-    return _words.error_note("all_frozen", at(seen) or _first_freezing(model))
+    return _words.error_note("all_frozen", at(seen) or _first_freezing(model, most=4))
 
 
-def _first_freezing(model: nn.Module) -> str | None:
+def _first_freezing(model: nn.Module, most: int = 1) -> str | None:
+    """Return where the text freezes something, in the class that comes first in the model; a few of such places."""
     for module in model.modules():
         if not type(module).__module__.startswith("torch."):
             statements = _source.freezings(type(module))
             if statements:
-                return statement(statements[0])
+                file = [s for s in _source.freezings_in(statements[0].file) if s not in statements]
+                return listed(*map(statement, [*statements, *file][:most]))
     return None
 
 
@@ -651,6 +665,11 @@ def _made_odd(
         above = [up for up, _ in node.next_functions if up is not None]
         known = {up: made for up in above if (made := result_of(up)) is not None}
         odd = [up for up in above if up in known and is_odd(*known[up])]
+        if len(odd) > 1:  # a sum in a loop: what is added tells more than what was there before
+            tags = {up: up.metadata.get(raised.trace.tag) for up in odd}
+            odd = [
+                up for up in odd if tags[up] is None or raised.trace.ops[tags[up]].place != op.place
+            ]
         is_through = op.name.rpartition(".")[2].strip("_") in handing_on
         node = odd[0] if is_through and len(odd) == 1 else None
 
@@ -663,15 +682,18 @@ def _not_in_graph(raised: Raised) -> str | None:
         return note
     asked = trace.backwards[-1]
     makers = [raised.maker_of(n) for n in asked.wanted if trace.values[n].tracked]
+    makers = [m for m in makers if m is not None and m.kind is Kind.PLAIN]
+    read = {number for op in trace.ops for number in op.inputs}
+    makers += [raised.maker_of(n) for n in asked.wanted if n not in read]
     for cut in raised.inspection.cuts_between(asked.wanted, asked.roots):
         if cut.site is not None:
             places = listed(_words.place(cut.site), at(asked.place))
             return _words.error_note("cut_before", places, cut.operation or str(cut.cause))
     for made in makers:
-        if made is not None and made.kind is Kind.PLAIN and made.place is not None:
+        if made is not None and made.place is not None:
             # A copy that was made after the output: what the user asks for is not what went into it.
-            places = listed(f"{at(made.place)} (made here)", at(asked.place))
-            return _words.error_note("not_in_graph", places)
+            came = role_of("made here", at(made.place))
+            return _words.error_note("not_in_graph", listed(came, at(asked.place)))
     return note
 
 
@@ -703,7 +725,8 @@ def _no_leaf(raised: Raised) -> str | None:
     given = local_tensor(raised.error, "param")
     node = None if given is None else node_of(given)
     tag = None if node is None else node.metadata.get(raised.trace.tag)
-    return None if tag is None else _words.error_note("no_leaf", at(raised.trace.ops[tag].place))
+    place = _spoiled_leaf(raised) if tag is None else at(raised.trace.ops[tag].place)
+    return None if place is None else _words.error_note("no_leaf", place)
 
 
 def _serialised(raised: Raised) -> str | None:
@@ -722,13 +745,47 @@ def _serialised(raised: Raised) -> str | None:
 
 
 def _none_for_a_gradient(raised: Raised) -> str | None:
-    """Explain a None that came from ``.grad`` of a tensor that is no leaf."""
+    """Explain a None that came from ``.grad``: of a result, of a copy, or of a parameter that got none."""
     for read, number in reversed(raised.trace.grad_reads):
-        made = raised.maker_of(number)
         where = at(read)
-        if made is not None and where is not None and line_of(raised.error) == line(read):
-            places = listed(f"{at(made.place)} (made here, so that it is no leaf)", where)
-            return _words.error_note("grad_of_a_result", places)
+        if where is not None and line_of(raised.error) == line(read):
+            maker = raised.maker_of(number)
+            made = (None if maker is None else at(maker.place)) or _spoiled_leaf(raised)
+            came = role_of("made here, so that it is no leaf", made)
+            return _words.error_note("grad_of_a_result", listed(came, where))
+    last = last_of_user(raised.error)
+    if last is None or ".grad" not in _source.text_of(last[:2]):
+        return None
+    held = list(local_tensors(raised.error))
+    parameters = raised.inspection.parameters
+    mine = {id(p) for p in parameters.values()}
+    memory = {memory_of(p): name for name, p in parameters.items()}
+    copies = [memory[m] for t in held if id(t) not in mine and (m := memory_of(t)) in memory and m]
+    if copies:
+        return _words.error_note(
+            "grad_of_a_copy", listed(_detached_last(raised, copies[0]), at(last))
+        )
+    without = [n for n, p in parameters.items() if p.requires_grad and p.grad is None]
+    chosen = [n for n in without if any(parameters[n] is t for t in held)] or without
+    found = raised.inspection.diagnose(dict.fromkeys(without, Status.MISSING), 0)
+    told = [d for d in found if not set(chosen).isdisjoint(d.parameters)][:1]
+    said = [explain.render(d, tuple(parameters)) for d in told]
+    return "\n\n".join([_words.error_note("grad_is_none", at(last)), *said]) if said else None
+
+
+def _spoiled_leaf(raised: Raised) -> str | None:
+    """Return where the text computes from a tensor that was just asked to require grad, which makes it no leaf."""
+    classes = dict.fromkeys(map(type, raised.model.modules()))
+    found = [s for cls in classes for s in _source.spoiled_leaves(cls)]
+    return statement(found[0]) if found else None
+
+
+def _detached_last(raised: Raised, name: str) -> str | None:
+    """Return where a parameter was detached last."""
+    trace = raised.trace
+    for op in reversed(trace.ops):
+        if op.kind is Kind.SEVER and any(trace.values[n].parameter == name for n in op.inputs):
+            return at(op.place)
     return None
 
 
@@ -950,5 +1007,3 @@ _KINDS: tuple[tuple[str, _Find], ...] = (
     ("to return a scalar Tensor", _vector),
     ("to return a scalar tensor", _vector),
 )
-_ONLY_TRACED = frozenset([_none_for_a_gradient, _number_for_a_loss])
-"""Words that other errors have too: nothing is said of them where the step was not traced."""

@@ -310,10 +310,13 @@ def stores(step: Step) -> list[Statement]:
     found += [(1, False, call) for call in calls]
     # What a closure uses of the function around it, and a function of its file, was computed there.
     outer = {*code.co_freevars, *code.co_names} & names
+    given = {*code.co_varnames[: code.co_argcount]} & names - {"self"}
     for definition in [*functions, module]:
         nodes = list(own_nodes(definition))
         if definition is module or node in nodes:
             found += [(1, False, kept) for kept in nodes if _computes(kept, outer)]
+        # What a function is given was perhaps computed under the same name elsewhere.
+        found += [(6, True, kept) for kept in nodes if _computes(kept, given)]
     return _statements(code.co_filename, [n for *_, n in sorted(found, key=lambda f: f[:2])])
 
 
@@ -550,7 +553,7 @@ def _given_names(read: ast.AST, definitions: Mapping[str, ast.AST]) -> set[str]:
     given: list[ast.AST] = [read]
     if isinstance(read, ast.Call):
         given = [*read.args, *(k.value for k in read.keywords)]
-        if isinstance(read.func, ast.Attribute) and isinstance(read.func.value, ast.Attribute):
+        if isinstance(read.func, ast.Attribute) and not isinstance(read.func.value, ast.Name):
             given.append(read.func.value)  # of `self.prior.log_prob(x)` the object is given too
     names: set[str] = set()
     # Of `self.prior.dist` the last name tells; of `self.memory.sum()` the one before the method.
@@ -589,7 +592,10 @@ def _keeps(node: ast.AST, name: str, method: str) -> int | None:
                 return (4 if method == "__init__" else 2) + new
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
         return None
-    fills = node.func.attr in FILLERS and last_name(node.func.value) == name
+    filled = node.func.value
+    while isinstance(filled, ast.Subscript):
+        filled = filled.value
+    fills = node.func.attr in FILLERS and last_name(filled) == name
     return 0 if fills and node.args else None
 
 
@@ -629,6 +635,31 @@ def freezings(cls: type) -> list[Statement]:
     """Return where the file of a class switches ``requires_grad`` off, its own methods first."""
     found = _where(cls, _freezes, elsewhere=True)
     return [s for s in found if "requires_grad" in s.text] or found
+
+
+def freezings_in(file: str) -> list[Statement]:
+    """Return where a file switches ``requires_grad`` off, or sets it by a variable."""
+    module = tree(file)
+    nodes = () if module is None else ast.walk(module)
+    return [s for s in _statements(file, filter(_freezes, nodes)) if "requires_grad" in s.text]
+
+
+def spoiled_leaves(cls: type) -> list[Statement]:
+    """Return where the file of a class computes from a call with ``requires_grad=True`` at once: that is no leaf."""
+    return _where(cls, _spoils, elsewhere=True)
+
+
+def _spoils(node: ast.AST) -> bool:
+    parts = [node.left, node.right] if isinstance(node, ast.BinOp) else []
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        parts = [node.func.value]
+    return any(isinstance(part, ast.Call) and _sets(part, "requires_grad") for part in parts)
+
+
+def text_of(step: Step) -> str:
+    """Return the line that an instruction stands in."""
+    place = span(step)
+    return "" if place is None else linecache.getline(step[0].co_filename, place[0])
 
 
 def clearings(cls: type) -> list[Statement]:

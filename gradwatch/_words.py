@@ -424,6 +424,14 @@ ERRORS = {
         "`.grad` is None here: it is kept for leaves, and this is the result of an operation",
         "call `.retain_grad()` before the backward pass, or make it a leaf: `x = x.detach().requires_grad_()`",
     ),
+    "grad_of_a_copy": (
+        "`.grad` is read of a detached copy of a parameter, which has none: it was taken here",
+        "read it of the parameter itself: `model.named_parameters()` in place of `state_dict()`",
+    ),
+    "grad_is_none": (
+        "`.grad` of a parameter is None here: no gradient came to it",
+        "leave out those without one: `if p.grad is not None`, or mend what follows",
+    ),
     "number": (
         "the loss is a number: it left torch here, and has no `backward`",
         "add up the tensors themselves, and take `.item()` for the log only",

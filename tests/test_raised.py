@@ -1689,6 +1689,122 @@ class FlagOfResultsInAMapping(Net):
         return self.head(parts["low"]).mean()
 
 
+class GradientsOfALogger(Net):
+    """A loop over all parameters meets one without a gradient: the cause of that is what is wrong."""
+
+    words = "'NoneType' object has no attribute 'norm'"
+    advice = "if p.grad is not None"
+
+    def __init__(self):
+        super().__init__()
+        self.side = nn.Linear(3, 3)
+
+    def run(self, x):
+        h = self.enc(x)
+        self.side(h)  # <- here
+        self.head(h).mean().backward()
+        self.sizes = [p.grad.norm() for p in self.parameters()]
+
+
+class GradientsOfACopy(Net):
+    words = "'NoneType' object has no attribute 'clone'"
+    advice = "model.named_parameters()"
+
+    def run(self, x):
+        self.head(self.enc(x)).mean().backward()
+        state = self.state_dict()  # <- here
+        self.sent = {key: tensor.grad.clone() for key, tensor in state.items()}
+
+
+class ScaledAfterItAskedForAGradient(Net):
+    """What was made before the step is found in the text."""
+
+    words = "'NoneType' object has no attribute 'mul'"
+    advice = "x.detach().requires_grad_()"
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.ones(1, 1, requires_grad=True) * 0.5  # <- here
+
+    def run(self, x):
+        (self.head(self.enc(x)) @ self.w).mean().backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.step = self.w.grad.mul(0.1)
+
+
+class LeafMadeAfterwards(Net):
+    words = "appears to not have been used in the graph"
+    advice = "allow_unused=True"
+
+    def score(self, latents):
+        return self.head(torch.tanh(self.enc(latents))).sum()
+
+    def forward(self, x):
+        score = self.score(x)
+        x = x.detach().requires_grad_()  # <- here
+        return torch.autograd.grad(score, x)[0].norm()
+
+
+class VectorInALoop(Net):
+    """Of a sum in a loop what is added is shown, not what was there before."""
+
+    words = "can be implicitly created only for scalar outputs"
+    advice = ".mean()"
+
+    def weighed(self, i, value):
+        return value * torch.exp(-self.enc.bias[i]) + self.enc.bias  # <- here
+
+    def forward(self, x):
+        total = 0
+        for i, value in enumerate(self.head(x).unbind(0)[:3]):
+            total = total + self.weighed(i, value.mean())
+        return total
+
+
+class HistoryByTask(Net):
+    words = "Trying to backward through the graph a second time"
+    advice = "`.detach()` it where it is kept"
+    steps = 2
+
+    def __init__(self):
+        super().__init__()
+        self.past: dict[str, list[torch.Tensor]] = {"depth": []}
+
+    def forward(self, x):
+        loss = self.head(self.enc(x)).square().mean()
+        scale = torch.ones(())
+        if self.past["depth"]:
+            scale = self.past["depth"][-1].clamp(min=0.1)
+        self.past["depth"].append(loss)  # <- here
+        return loss / scale
+
+
+PREPARED: list[torch.Tensor] = []
+
+
+class PenaltyMadeBefore(Net):
+    """What a function is given under a name was computed under the same name elsewhere."""
+
+    words = "Trying to backward through the graph a second time"
+    advice = "`.detach()`"
+    steps = 2
+
+    def __init__(self):
+        super().__init__()
+        PREPARED[:] = [self.prepare()]
+
+    def prepare(self):
+        l2_of_all = sum(p.square().sum() for p in self.enc.parameters())  # <- here
+        return l2_of_all * 0.1
+
+    def total(self, so_far, l2_of_all):
+        return so_far + l2_of_all
+
+    def forward(self, x):
+        return self.total(self.head(self.enc(x)).mean(), PREPARED[0])
+
+
 class Store:
     def __init__(self):
         self.keys = {}
@@ -1912,6 +2028,33 @@ def test_gradient_mode_that_was_left_off_is_named_in_the_next_step():
 
     assert "gradient mode was switched off, and is off still" in note
     assert f"test_raised.py:{guilty_line(LeftOff)}: `" in note
+
+
+def test_a_gradient_that_is_none_in_a_later_step_is_told_with_its_known_cause():
+    """What was diagnosed in the first step is said again when a later one trips over it."""
+
+    class Late(GradientsOfALogger):
+        calls = 0
+
+        def run(self, x):
+            self.calls += 1
+            h = self.enc(x)
+            self.side(h)
+            self.head(h).mean().backward()
+            if self.calls > 1:
+                self.sizes = [p.grad.norm() for p in self.parameters()]
+
+    model = Late()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    with Watcher(model, optimizers=[optimizer]) as watcher, pytest.raises(AttributeError) as caught:
+        for _ in range(2):
+            with watcher.step():
+                model.run(torch.ones(4, 3))
+                optimizer.step()
+
+    (note,) = caught.value.__notes__
+    assert "`.grad` of a parameter is None here" in note
+    assert "warning[not_in_loss]: `side.weight` and `side.bias` get no gradient" in note
 
 
 def test_what_is_frozen_is_named_in_a_step_that_is_not_traced():
