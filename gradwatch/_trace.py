@@ -605,7 +605,8 @@ class Trace(Record):
                 entry() is not None
                 or tensor.requires_grad
                 or isinstance(tensor, nn.Parameter)
-                or _calls.wraps_in_variables(sys._getframe(1))
+                # What leaves `torch.func` is a new one that nothing has seen.
+                or (not self.opaque and _calls.wraps_in_variables(sys._getframe(1)))
             ):
                 return entry.value
         return None
