@@ -9,12 +9,13 @@ Limits: code whose text ``linecache`` cannot find is not read.
 from __future__ import annotations
 
 import ast
+import inspect
 import itertools
 import linecache
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -232,9 +233,16 @@ def _paths_of_classes(module: ast.Module) -> dict[str, tuple[ast.ClassDef, ...]]
 
 
 def file_of(cls: type) -> str | None:
-    """Return the file that a class was defined in, where it has one."""
-    module = sys.modules.get(cls.__module__)
-    return getattr(module, "__file__", None)
+    """Return the file that a class was defined in, or what stands for one in a notebook, where it has any."""
+    file: str | None = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    methods = (getattr(value, "__func__", value) for value in vars(cls).values())
+    own = [inspect.unwrap(method) for method in methods if isinstance(method, FunctionType)]
+    typed = [method.__code__.co_filename for method in own if isinstance(method, FunctionType)]
+    for name in dict.fromkeys([*typed, *([] if file is None else [file])]):
+        module = tree(name)
+        if module is not None and _classes(module, cls.__qualname__):
+            return name
+    return file
 
 
 def _statements(file: str, found: Iterable[ast.AST]) -> list[Statement]:

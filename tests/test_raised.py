@@ -6,11 +6,13 @@ import contextlib
 import copy
 import functools
 import inspect
+import linecache
 import logging
 import random
 import re
 import warnings
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pytest
@@ -2005,6 +2007,45 @@ def test_what_is_kept_is_named_in_a_micro_batch_and_in_a_later_step(case, holder
 
     assert "is kept and used again" in note
     assert f"test_raised.py:{guilty_line(holder)}: `" in note
+
+
+CELL = """
+import torch
+from torch import nn
+
+class Counter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(3, 3)
+        self.hidden = torch.zeros(2, 3)
+
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x):
+        self.hidden = self.cell(x, self.hidden)
+        return self.hidden.mean()
+"""
+
+
+def test_what_a_class_of_a_notebook_keeps_is_found(monkeypatch):
+    """The text of a class that was typed into a cell is read as that of a file is."""
+    name = "<ipython-input-7-cell>"
+    monkeypatch.setitem(
+        linecache.cache, name, (len(CELL), None, CELL.splitlines(keepends=True), name)
+    )
+    cell: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(CELL, name, "exec"), cell)  # noqa: S102 -- as a notebook does
+    model = cell["Counter"]()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    with Watcher(model, optimizers=[optimizer]) as watcher, pytest.raises(RuntimeError) as caught:
+        for _ in range(2):
+            with watcher.step():
+                model(torch.ones(2, 3)).backward()
+                optimizer.step()
+
+    (note,) = caught.value.__notes__
+    line = 1 + CELL.splitlines().index("        self.hidden = self.cell(x, self.hidden)")
+    assert f"{name}:{line}: `self.hidden = self.cell(x, self.hidden)`" in note
+    assert "(`hidden`)" in note
 
 
 class LeftOff(Net):
