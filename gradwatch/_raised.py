@@ -129,11 +129,11 @@ def _untraced(error: Exception, model: nn.Module, find: _Find) -> str:
     if find is _copied and (kept := _kept_anywhere(model)) is not None:
         last = at(last_of_user(error))
         return _words.error_note("copy_of_a_result", listed(role_of("kept here", kept[0]), last))
+    untraced = _words.error_note("untraced", role_of("it fails here", at(last_of_user(error))))
     if find is _no_history:
-        return _switched_off(model) or "\n\n".join(
-            part for part in (_words.error_note("untraced", None), _frozen(model)) if part
-        )
-    return _words.error_note("untraced", None)
+        said = [part for part in (untraced, _frozen(model)) if part]
+        return _switched_off(model) or "\n\n".join(said)
+    return untraced
 
 
 def _switched_off(model: nn.Module) -> str | None:
