@@ -802,6 +802,38 @@ def _hooked(raised: Raised) -> str | None:
     return _words.error_note("hook_returns", listed(*map(statement, returned)))
 
 
+def _hook_of_a_module(raised: Raised) -> str | None:
+    """Explain what a full backward hook returned by its ``return``, where the model has one alone."""
+    hooks = {id(h): h for module in raised.model.modules() for h in hooks_of(module)}
+    codes = dict.fromkeys(_frames.code_of(hook) for hook in hooks.values())
+    code = next(iter(codes), None)
+    returned = [] if code is None or len(codes) > 1 else _source.returned(code, None)
+    return _words.error_note("hook_returns", listed(*map(statement, returned)))
+
+
+def _nothing_in_a_checkpoint(raised: Raised) -> str | None:
+    """Explain a reentrant checkpoint without a gradient inside by what cut its input off, and its call."""
+    inside = [op for op in raised.trace.ops if op.around is not None]
+    cut = next((op for op in inside if op.kind is Kind.SEVER), None)
+    call = next((op.around for op in [cut, *inside] if op is not None), None)
+    cut_at = None if cut is None else at(cut.place)
+    return _words.error_note("nothing_in_checkpoint", listed(cut_at, at(call)))
+
+
+def _made_and_failing(kind: str) -> _Find:
+    """Explain an error by what made the last of the tensors that the call which raised was given."""
+
+    def find(raised: Raised) -> str | None:
+        failed = raised.failed
+        makers = [raised.maker_of(number) for number in (failed.read if failed else ())]
+        made = next((at(op.place) for op in reversed(makers) if op is not None), None)
+        last = at(before_torch(raised.error)) if failed is None else at(failed.place)
+        return _words.error_note(kind, listed(role_of("made here", made), last))
+
+    _BY_PLACE[find] = kind
+    return find
+
+
 def _reentrant(raised: Raised) -> str | None:
     """Explain a reentrant checkpoint by its call."""
     ops = raised.trace.ops
@@ -996,10 +1028,14 @@ _KINDS: tuple[tuple[str, _Find], ...] = (
     ("No inf checks were recorded for this optimizer", _stepped_over_nothing),
     ("does not support sparse gradients", _sparse),
     ("refusing to serialize non-leaf tensor", _serialised),
-    ("attempting to assign a gradient of size", _failing("grad_of_another_size")),
+    ("attempting to assign a gradient of size", _made_and_failing("grad_of_another_size")),
     ("refers to a single memory location", _failing("expanded_in_place")),
     ("Batch norm got a batched tensor as input", _norm_in_vmap),
     ("' returned nan values in its", _not_a_number),
+    ("Backward hook returned an invalid number", _hook_of_a_module),
+    ("none of output has requires_grad=True", _nothing_in_a_checkpoint),
+    ("vmap: called random operation", _raising("random_in_vmap")),
+    ("vmap: inplace arithmetic", _raising("in_place_in_vmap")),
     ("object has no attribute 'backward'", _number_for_a_loss),
     ("'NoneType'", _none_for_a_gradient),
     ("vmap: It looks like you're", _raising("item_in_vmap")),

@@ -468,6 +468,18 @@ ERRORS = {
         "a tensor whose elements share memory, as those of `expand` do, is changed in place",
         "write `x = x + y` in place of `x += y`, or `.clone()` it first",
     ),
+    "nothing_in_checkpoint": (
+        "nothing that runs inside of this reentrant checkpoint leads back to what requires grad",
+        "pass `use_reentrant=False` to `checkpoint`, or do not checkpoint what is frozen",
+    ),
+    "random_in_vmap": (
+        "`vmap` is not told whether random numbers are the same for each sample",
+        'pass `randomness="different"` or `randomness="same"` to `vmap`, or draw them outside',
+    ),
+    "in_place_in_vmap": (
+        "a value for each sample is written into a tensor that all of them share",
+        "collect the values in a list and `torch.stack` them, or make the tensor from one of the inputs",
+    ),
     "norm_in_vmap": (
         "a layer counts its inputs in place, which `vmap` does not allow",
         "use `GroupNorm`, or pass `track_running_stats=False` to the layer",

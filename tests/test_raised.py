@@ -1782,6 +1782,82 @@ class HistoryByTask(Net):
         return loss / scale
 
 
+class DataInsideOfACheckpoint(Net):
+    words = "none of output has requires_grad=True"
+    advice = "use_reentrant=False"
+
+    def block(self, h):
+        h = h.data  # <- here
+        return torch.relu(h)
+
+    def forward(self, x):
+        return self.head(checkpoint(self.block, self.enc(x), use_reentrant=True)).mean()
+
+
+class OneOfTwoByAModuleHook(Net):
+    words = "Backward hook returned an invalid number"
+    advice = "like the one that came"
+
+    class Sum(nn.Module):
+        """Two inputs."""
+
+        def forward(self, a, b):
+            return a + b
+
+    def __init__(self):
+        super().__init__()
+        self.both = self.Sum()
+        self.both.register_full_backward_hook(self.first)
+
+    def first(self, module, given, got):
+        return (given[0],)  # <- here
+
+    def forward(self, x):
+        return self.head(self.both(self.enc(x), self.enc(x * 2))).mean()
+
+
+class DropoutInVmap(Net):
+    words = "vmap: called random operation while in randomness error mode"
+    advice = 'randomness="different"'
+
+    def each(self, row):
+        return F.dropout(row, 0.5)  # <- here
+
+    def forward(self, x):
+        return self.head(torch.vmap(self.each)(self.enc(x))).mean()
+
+
+class WrittenIntoZerosInVmap(Net):
+    words = "vmap: inplace arithmetic"
+    advice = "`torch.stack` them"
+
+    def each(self, row):
+        out = torch.zeros(2, 3)
+        out[0] = row  # <- here
+        return out.sum(0)
+
+    def forward(self, x):
+        return self.head(torch.vmap(self.each)(self.enc(x))).mean()
+
+
+class TransposedGradient(Net):
+    """What is assigned was made elsewhere."""
+
+    words = "attempting to assign a gradient of size"
+    advice = "view_as(p)"
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Linear(3, 2)
+
+    def solved(self, grad):
+        return torch.linalg.solve(torch.eye(2), grad).t()  # <- here
+
+    def run(self, x):
+        self.wide(x).mean().backward()
+        self.wide.weight.grad = self.solved(self.wide.weight.grad)
+
+
 PREPARED: list[torch.Tensor] = []
 
 
