@@ -586,7 +586,8 @@ def _without_derivative(raised: Raised) -> str | None:
         name = node.name.rpartition("Backward")[0]
         if camel and node.tag >= 0 and name.lower() == camel:
             return _words.error_note("no_derivative", at(ops[node.tag].place))
-    return _failing("no_derivative")(raised)
+    # Libraries use the same words for what has nothing to do with a derivative.
+    return None if raised.failed is None else _failing("no_derivative")(raised)
 
 
 def _not_a_number(raised: Raised) -> str | None:

@@ -13,6 +13,7 @@ import inspect
 import itertools
 import linecache
 import sys
+from collections import deque
 from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType, FunctionType
@@ -221,9 +222,9 @@ def _classes(module: ast.Module, qualname: str) -> tuple[ast.ClassDef, ...]:
 def _paths_of_classes(module: ast.Module) -> dict[str, tuple[ast.ClassDef, ...]]:
     """Return the classes of a file by the names of what they are defined in, and their own."""
     found: dict[str, tuple[ast.ClassDef, ...]] = {}
-    todo: list[tuple[str, ast.AST]] = [("", module)]
+    todo: deque[tuple[str, ast.AST]] = deque([("", module)])
     while todo:
-        path, node = todo.pop(0)
+        path, node = todo.popleft()
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             path = f"{path}.{node.name}" if path else node.name
         if isinstance(node, ast.ClassDef):

@@ -12,6 +12,7 @@ import random
 import re
 import warnings
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -2287,6 +2288,27 @@ def test_an_error_that_has_nothing_to_do_with_gradients_gets_no_note():
     with pytest.raises(ValueError, match="mine") as caught, diagnose(model):
         model(torch.ones(1, 3))
         raise ValueError("mine")
+
+    assert getattr(caught.value, "__notes__", []) == []
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda: torch.distributions.Distribution(validate_args=False).support,
+        lambda: nn.Module()(torch.ones(1)),
+        lambda: attrgetter("shape")(None),
+        lambda: torch.optim.SGD([], 0.1),
+    ],
+    ids=["a property", "a module without forward", "None", "an optimizer"],
+)
+def test_an_error_of_torchs_that_has_nothing_to_do_with_gradients_gets_no_note(fail):
+    """What only looks like a message about gradients passes through without a word."""
+    model = nn.Linear(3, 1)
+
+    with pytest.raises(Exception) as caught, diagnose(model):  # noqa: PT011 -- of several kinds
+        model(torch.ones(1, 3)).mean().backward()
+        fail()
 
     assert getattr(caught.value, "__notes__", []) == []
 
