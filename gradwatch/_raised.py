@@ -216,8 +216,11 @@ def _no_history(raised: Raised) -> str | None:
         return None
     # What was frozen on purpose is seldom what is wrong, and another parameter may have been frozen by mistake.
     told = sorted(found, key=lambda d: (d.site is None, d.cause is Cause.FROZEN))[:1]
+    asked = raised.asked
+    makers = [raised.maker_of(root) for root in ([] if asked is None else asked.roots)]
+    loss = next((at(op.place) for op in makers if op is not None), None)
     said = [
-        _words.error_note("no_history", None),
+        _words.error_note("no_history", role_of("the loss", loss)),
         *(explain.render(d, tuple(parameters)) for d in told),
     ]
     frozen = _frozen_on_the_way(raised)
@@ -860,6 +863,9 @@ def _recomputed(raised: Raised) -> str | None:
     call = calls.pop() if len(calls) == 1 else None
     again = [type(modules[path]) for path in reversed(raised.trace.rerun) if path in modules]
     changes = _source.changes_of_state(dict.fromkeys(again))
+    if not changes and not raised.model.training:
+        modes = [s for file in _files_of(raised) for s in _source.method_calls(file, "eval")]
+        changes = modes if len(modes) == 1 else []
     change = role_of("by this the next run differs", statement(changes[0])) if changes else None
     return _words.error_note("recomputed", listed(change, call)) if change or call else None
 
@@ -937,6 +943,10 @@ def _failing(kind: str) -> _Find:
     def find(raised: Raised) -> str | None:
         failed = raised.failed
         place = before_torch(raised.error) if failed is None else failed.place
+        if (
+            raised.asked is not None
+        ):  # what a checkpoint runs again in backward has lines of its own
+            place = last_of_user(raised.error) or place
         if place is None:
             return None
         places = [*raised.callers_of(place), place]
@@ -1034,6 +1044,7 @@ _KINDS: tuple[tuple[str, _Find], ...] = (
     ("Batch norm got a batched tensor as input", _norm_in_vmap),
     ("' returned nan values in its", _not_a_number),
     ("Backward hook returned an invalid number", _hook_of_a_module),
+    ("override the setup_context staticmethod", _raising("no_setup_context")),
     ("none of output has requires_grad=True", _nothing_in_a_checkpoint),
     ("vmap: called random operation", _raising("random_in_vmap")),
     ("vmap: inplace arithmetic", _raising("in_place_in_vmap")),

@@ -446,6 +446,14 @@ def outer_assignment(step: Step) -> Statement | None:
     return None
 
 
+def method_calls(file: str, name: str) -> list[Statement]:
+    """Return the calls of a method of this name in a file."""
+    module = tree(file)
+    nodes = () if module is None else ast.walk(module)
+    methods = [n for n in nodes if _calls(n, name) and isinstance(n.func, ast.Attribute)]  # type: ignore[attr-defined]
+    return _statements(file, methods)
+
+
 def keywords(file: str, name: str) -> list[Statement]:
     """Return the calls in a file that set a keyword to True."""
     module = tree(file)

@@ -472,6 +472,10 @@ ERRORS = {
         "nothing that runs inside of this reentrant checkpoint leads back to what requires grad",
         "pass `use_reentrant=False` to `checkpoint`, or do not checkpoint what is frozen",
     ),
+    "no_setup_context": (
+        "this Function is written in a way that `torch.func` does not take",
+        "give it a `setup_context(ctx, inputs, output)`, and a `forward` without `ctx`",
+    ),
     "random_in_vmap": (
         "`vmap` is not told whether random numbers are the same for each sample",
         'pass `randomness="different"` or `randomness="same"` to `vmap`, or draw them outside',

@@ -1859,6 +1859,73 @@ class TransposedGradient(Net):
         self.wide.weight.grad = self.solved(self.wide.weight.grad)
 
 
+class AddedToTheInputOfACheckpoint(Net):
+    """What a reentrant checkpoint runs again in backward fails at a line of its own."""
+
+    words = "a leaf Variable that requires grad is being used in an in-place"
+    advice = "write `x = x + y`"
+
+    def block(self, h):
+        h += 1.0  # <- here
+        return torch.relu(h)
+
+    def forward(self, x):
+        return self.head(checkpoint(self.block, self.enc(x), use_reentrant=True)).mean()
+
+
+class EvaluatedBeforeBackward(Net):
+    words = "number of tensors was saved during the original forward and recomputation"
+    advice = "no state that it changes"
+
+    class Block(nn.Module):
+        """Its dropout saves a mask in training alone."""
+
+        def forward(self, x):
+            return F.dropout(torch.tanh(x), 0.5, self.training)
+
+    def __init__(self):
+        super().__init__()
+        self.block = self.Block()
+
+    def run(self, x):
+        loss = self.head(checkpoint(self.block, self.enc(x), use_reentrant=False)).mean()
+        self.eval()  # <- here
+        loss.backward()
+
+
+class OldFunctionInGrad(Net):
+    words = "override the setup_context staticmethod"
+    advice = "`setup_context(ctx, inputs, output)`"
+
+    class Double(torch.autograd.Function):
+        """Written as before torch 2.0."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 2
+
+    def energy(self, row):
+        return self.Double.apply(row).sum()  # <- here
+
+    def forward(self, x):
+        return self.head(torch.func.grad(self.energy)(x)).mean()
+
+
+class LossOfAConstant(Net):
+    """Where nothing cuts the path, the loss itself is shown."""
+
+    words = "does not require grad and does not have a grad_fn"
+    advice = "(the loss)"
+
+    def forward(self, x):
+        self.seen = self.head(self.enc(x))
+        return x.new_zeros(())  # <- here
+
+
 PREPARED: list[torch.Tensor] = []
 
 
