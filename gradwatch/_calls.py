@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.overrides import resolve_name
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -253,7 +252,7 @@ def find_wrapper(
 ) -> tuple[Wrapper, Place | None, weakref.ref[Any] | None] | None:
     """Return the outermost call that owns what runs in a frame, where the user called it, and its identity.
 
-    Only the call of a Function has one: the reference to its ``ctx`` is the same object for all that it owns.
+    Only a checkpoint's call has one: the reference to its ``ctx`` is the same object for all that it owns.
 
     Args:
         frame: The frame of the operation.
@@ -281,10 +280,9 @@ def find_wrapper(
     kind, outer = found
     if not copies and off_depth is not None and off_depth < _frames.depth(outer):
         return None
-    code = outer.f_code
-    ctx = outer.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-    call = weakref.ref(ctx) if isinstance(ctx, BackwardCFunction) else None
-    return kind, _frames.here(outer.f_back), call
+    # Reading a frame's variables keeps what they held alive until the frame ends: only torch's own are read.
+    ctx = outer.f_locals.get("ctx") if kind is Wrapper.REENTRANT_CHECKPOINT else None
+    return kind, _frames.here(outer.f_back), None if ctx is None else weakref.ref(ctx)
 
 
 _NO_SCRIPT: dict[int, CodeType] = {}  # see NOTE [Codes by id]
