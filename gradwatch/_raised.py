@@ -180,9 +180,8 @@ def _kept_anywhere(
     """
     near = frozenset() if read is None else _source.attributes_in(read.code)
     found = [
-        (f"{path}.{name}" if path else name, statements)
-        for path, module in model.named_modules()
-        for cls, attribute, name in keepers_in(module)
+        (name, statements)
+        for cls, attribute, name in keepers_in(model)
         if (statements := _source.keepings(cls, attribute))
     ]
     found.sort(key=lambda each: each[0].rpartition(".")[2] not in near)

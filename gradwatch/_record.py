@@ -8,9 +8,10 @@ Limits: the tensors of a call are found in nested lists, tuples and dicts, not i
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from operator import attrgetter
 from types import MappingProxyType
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gradwatch import _frames
 from gradwatch._calls import Kind, Wrapper, public_name
 
 if TYPE_CHECKING:
@@ -299,43 +301,70 @@ def held_by(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 _DEEP = 3
 """Objects in objects that are looked into."""
-_MOST_ITEMS = 1000
+_MOST_ITEMS, _MOST_HOLDERS = 1000, 10_000
 
 
-def keepers_in(module: torch.nn.Module) -> Iterator[tuple[type, str, str]]:
-    """Yield what keeps tensors with a history: the class, its attribute, and how the module reaches it.
+def keepers_in(model: torch.nn.Module) -> Iterator[tuple[type, str, str]]:
+    """Yield what keeps tensors with a history: the class, its attribute, and how the model reaches it.
 
-    Found are attributes of the module and of objects that it holds, in containers and partial functions too.
+    Found are attributes of modules and of the user's own objects that these hold, in containers, partial functions
+    and distributions too. Each is looked into once, and some ten thousand at most.
     """
-    for name, value in held_by(module):
-        yield from _keeping(type(module), name, value, _DEEP)
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for name, value in held_by(module):
+            for cls, attribute, inner in _keeping(type(module), name, value, _DEEP, seen):
+                yield cls, attribute, f"{path}.{inner}" if path else inner
 
 
-def _keeping(cls: type, name: str, value: Any, depth: int) -> Iterator[tuple[type, str, str]]:
-    items = list(_items_in(value))
+def _keeping(
+    cls: type, name: str, value: Any, depth: int, seen: set[int]
+) -> Iterator[tuple[type, str, str]]:
+    items = list(_items_in(value, seen))
     if any(isinstance(item, Tensor) and node_of(item) is not None for item in items):
         yield cls, name, name
     for item in items if depth else ():
-        if isinstance(item, (Tensor, torch.nn.Module, type)) or not hasattr(item, "__dict__"):
+        if not _is_looked_into(type(item)) or not _is_new(item, seen):  # type: ignore[arg-type]
             continue
-        for inner, held in list(vars(item).items()):
-            for owner, attribute, path in _keeping(type(item), inner, held, depth - 1):
+        for inner, held in list(getattr(item, "__dict__", {}).items()):
+            for owner, attribute, path in _keeping(type(item), inner, held, depth - 1, seen):
                 if item is value and not owner.__module__.startswith("torch."):
                     yield owner, attribute, f"{name}.{path}"
                 else:  # a record in a container, or a distribution: what holds it is what the user wrote
                     yield cls, name, name
 
 
-def _items_in(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple, set, frozenset, deque)):
-        for item in islice(value, _MOST_ITEMS):
-            yield from _items_in(item)
-    elif isinstance(value, dict):
-        yield from _items_in(list(value.values()))
+def _items_in(value: Any, seen: set[int]) -> Iterator[Any]:
+    if isinstance(value, dict):
+        inner: Iterable[Any] = value.values()
     elif isinstance(value, partial):
-        yield from _items_in([*value.args, *value.keywords.values()])
+        inner = [*value.args, *value.keywords.values()]
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        inner = value
     else:
         yield value
+        return
+    if _is_new(value, seen):
+        for item in islice(list(inner), _MOST_ITEMS):
+            yield from _items_in(item, seen)
+
+
+def _is_new(holder: Any, seen: set[int]) -> bool:
+    """Tell whether something is to be looked into, and note that it was."""
+    is_new = id(holder) not in seen and len(seen) < _MOST_HOLDERS
+    seen.add(id(holder))
+    return is_new
+
+
+@lru_cache(maxsize=1024)
+def _is_looked_into(cls: type) -> bool:
+    """Tell whether objects of a class are the user's own, or distributions: no module, and no library's."""
+    if issubclass(cls, (Tensor, torch.nn.Module, type)) or cls.__module__ == "builtins":
+        return False
+    if issubclass(cls, torch.distributions.Distribution):
+        return True
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return file is None or _frames.owner_of_file(file) is _frames.Owner.USER
 
 
 def read_by(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -2112,6 +2112,21 @@ class KeptInAnObject(Net):
         return self.head(sum(kept.chance for kept in self.memory.rows)).mean()
 
 
+class KeptBesideACircle(Net):
+    """A container that holds itself, and a long one, are looked through once."""
+
+    def __init__(self):
+        super().__init__()
+        self.ring: list[Any] = [list(range(5000))]
+        self.ring.append(self.ring)
+        self.memory = Memory()
+        self.memory.owner = self.ring  # type: ignore[attr-defined]
+
+    def forward(self, x):
+        self.memory.push(self.enc(x).tanh())
+        return self.head(sum(kept.chance for kept in self.memory.rows)).mean()
+
+
 class KeptInADistribution(Net):
     def __init__(self):
         super().__init__()
@@ -2139,6 +2154,7 @@ def later(model, *, traced):
     ("case", "holder"),
     [
         (KeptInAnObject, Memory),
+        (KeptBesideACircle, Memory),
         (KeptInADistribution, KeptInADistribution),
         (CellStateInADictionary, CellStateInADictionary),
         (HiddenStateKept, HiddenStateKept),
