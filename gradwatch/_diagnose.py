@@ -384,9 +384,7 @@ class Inspection(BackwardListener):
             return self._wrapped(cause, op)
         reader = self._first_reader(op) if op.kind is Kind.SEVER else None
         if reader is not None and reader.wrapper is Wrapper.LOAD:
-            return self._at(
-                Cause.REPLACED, reader
-            )  # `state_dict()` detaches what is loaded elsewhere
+            return self._at(Cause.REPLACED, reader)  # `state_dict()` detaches what it hands out
         return self._at(cause, op)
 
     def _wrapped(self, cause: Cause, op: Op) -> Finding:

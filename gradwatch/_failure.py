@@ -182,7 +182,8 @@ def line_of(error: Exception) -> tuple[str, int] | None:
     return None if raised is None else (raised.tb_frame.f_code.co_filename, raised.tb_lineno)
 
 
-def line(place: _frames.Place | None) -> tuple[str, int] | None:
+def line_at(place: _frames.Place | None) -> tuple[str, int] | None:
+    """Return file and line of a place."""
     site = _frames.site_of(place)
     return None if place is None or site is None else (place.code.co_filename, site.line)
 
@@ -203,11 +204,13 @@ def listed(*places: str | None) -> str | None:
     return "\n  --> ".join(lines) or None
 
 
-def statement(statement: _source.Statement) -> str:
-    return _words.place(Site(statement.file, statement.line, source=statement.text))
+def statement(found: _source.Statement) -> str:
+    """Return a statement that was found in the text, as a note has it."""
+    return _words.place(Site(found.file, found.line, source=found.text))
 
 
 def at(place: _frames.Place | None) -> str | None:
+    """Return a place as a note has it, behind the user's own line where it is a library's."""
     site = _frames.site_of(place)
     if site is None:
         return None

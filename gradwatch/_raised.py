@@ -27,7 +27,7 @@ from gradwatch._failure import (
     begun_at,
     entries,
     last_of_user,
-    line,
+    line_at,
     line_of,
     listed,
     local_owner,
@@ -751,7 +751,7 @@ def _none_for_a_gradient(raised: Raised) -> str | None:
     """Explain a None that came from ``.grad``: of a result, of a copy, or of a parameter that got none."""
     for read, number in reversed(raised.trace.grad_reads):
         where = at(read)
-        if where is not None and line_of(raised.error) == line(read):
+        if where is not None and line_of(raised.error) == line_at(read):
             maker = raised.maker_of(number)
             made = (None if maker is None else at(maker.place)) or _spoiled_leaf(raised)
             came = role_of("made here, so that it is no leaf", made)
