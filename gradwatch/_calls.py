@@ -78,8 +78,8 @@ class Traits:
     kind: Kind = Kind.PLAIN
     writes: bool = False
     """Whether it changes its first argument."""
-    first_alone: bool = False
-    """Whether it reads the values of its first argument alone."""
+    reads: slice | None = None
+    """Which of its tensors it reads the values of, where of the others shape or type matter alone."""
     # An enum's member costs ten times as much to look up as these, which are asked of every call.
     ignored: bool = field(init=False)
     simple: bool = field(init=False)
@@ -90,7 +90,7 @@ class Traits:
         """Answer once what every call is asked."""
         object.__setattr__(self, "ignored", self.kind is Kind.IGNORED)
         object.__setattr__(
-            self, "simple", self.kind is Kind.PLAIN and not (self.writes or self.first_alone)
+            self, "simple", self.kind is Kind.PLAIN and not self.writes and self.reads is None
         )
         object.__setattr__(self, "backward", self.kind in {Kind.BACKWARD, Kind.GRAD})
 
@@ -123,8 +123,8 @@ _BY_NAME = (
         Kind.IGNORED,
     )
 )
-_LIKE_ANOTHER = frozenset(["view_as", "reshape_as", "expand_as", "type_as", "sum_to_size"])
-"""Functions that read of their other arguments the shape or the dtype alone."""
+_LIKE_ANOTHER = ("view_as", "reshape_as", "expand_as", "type_as", "sum_to_size")
+_READS = dict.fromkeys(_LIKE_ANOTHER, slice(1)) | {"new_tensor": slice(1, None)}
 _BY_FUNCTION: dict[Any, Kind] = {
     Tensor.backward: Kind.BACKWARD,
     torch.autograd.backward: Kind.BACKWARD,
@@ -170,7 +170,7 @@ def _learn(func: Any) -> Traits:
         traits = Traits(_SETTERS.get(attribute, Kind.IGNORED))
     else:
         kind = _BY_FUNCTION.get(func) or _BY_NAME.get(short, Kind.PLAIN)
-        traits = Traits(kind, _writes(short), short in _LIKE_ANOTHER)
+        traits = Traits(kind, _writes(short), _READS.get(short))
     _KNOWN[func] = traits
     return traits
 

@@ -28,10 +28,12 @@ from gradwatch._source import (
     clearings,
     copies,
     derived_attributes,
+    keepings,
     wrapping,
 )
 from gradwatch._stats import Sensor, is_lazy
 from gradwatch._trace import BackwardListener, Trace
+from gradwatch._unread import readings
 from gradwatch.report import Cause, Diagnosis, Severity, Site, Status
 
 if TYPE_CHECKING:
@@ -444,8 +446,23 @@ class Inspection(BackwardListener):
             return (_words.ONLY_AS_A_NUMBER if numbers else _words.ONLY_WITHOUT_GRADIENT,)
         holds_only = isinstance(self._modules.get(path), (nn.ParameterDict, nn.ParameterList))
         if path and path in self._modules and path not in self.trace.modules_run and not holds_only:
-            return (_words.did_not_run(self._whole_module_that_did_not_run(path)),)
-        return (_words.ran_without_it(path.rpartition(".")[0] if holds_only else path),)
+            whole = self._whole_module_that_did_not_run(path)
+            return (_words.did_not_run(whole), *self._read_in_text(whole))
+        unread = path if holds_only else name
+        ran = path.rpartition(".")[0] if holds_only else path
+        return (_words.ran_without_it(ran), *self._read_in_text(unread))
+
+    def _read_in_text(self, path: str) -> tuple[str, ...]:
+        """Return what the text tells of the reading of a parameter or a module, if it explains anything."""
+        owner, _, name = path.rpartition(".")
+        module = self._modules.get(owner)
+        found = None if module is None else readings(type(module), name)
+        if module is None or found is None:
+            return ()
+        parts = [(r.method, Site(r.file, r.line), r.conditions) for r in found]
+        made = [Site(s.file, s.line, source=s.text) for s in keepings(type(module), name)]
+        made_at = made[-1] if made else None
+        return (_words.read_in_text(type(module).__name__, name, parts, made_at),)
 
     def _whole_module_that_did_not_run(self, path: str) -> str:
         """Return the largest module around one that did not run, no part of which ran."""

@@ -39,6 +39,7 @@ from gradwatch._failure import (
 )
 from gradwatch._overwrites import culprit, stem
 from gradwatch._record import MADE, held_by, hooks_of, keepers_in, memory_of, node_of, result_of
+from gradwatch._unread import settings
 from gradwatch.report import Cause, Diagnosis, Site, Status
 
 if TYPE_CHECKING:
@@ -47,13 +48,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gradwatch._diagnose import Inspection
-    from gradwatch._record import Op
+    from gradwatch._record import Backward, Op
     from gradwatch._trace import Trace
 
     _Find = Callable[["Raised"], str | None]
 
 _log = logging.getLogger("gradwatch")
 _MOST_NODES = 100_000
+_MOST_SETTINGS = 4
 _BY_PLACE: dict[_Find, str] = {}
 """Explanations that need nothing but the line that raised, with their words."""
 
@@ -218,12 +220,44 @@ def _no_history(raised: Raised) -> str | None:
     asked = raised.asked
     makers = [raised.maker_of(root) for root in ([] if asked is None else asked.roots)]
     loss = next((at(op.place) for op in makers if op is not None), None)
+    fresh = role_of("all that the loss is computed from", listed(*map(at, _sources(raised))))
     said = [
-        _words.error_note("no_history", role_of("the loss", loss)),
+        _words.error_note("no_history", listed(role_of("the loss", loss), fresh)),
         *(explain.render(d, tuple(parameters)) for d in told),
     ]
-    frozen = _frozen_on_the_way(raised)
-    return "\n\n".join([*said, frozen] if frozen else said)
+    more = (_switched_over(raised.model, told), _frozen_on_the_way(raised))
+    return "\n\n".join([*said, *(part for part in more if part)])
+
+
+def _switched_over(model: nn.Module, told: Iterable[Diagnosis]) -> str | None:
+    """Return where that is set on which the reading of an unused parameter depends, as far as the text tells."""
+    modules = dict(model.named_modules())
+    unused = [d.parameters[0].rpartition(".") for d in told if d.cause is Cause.UNUSED]
+    owners = [(modules[path], name) for path, _, name in unused if path in modules]
+    for module, name in owners:
+        for attribute, statements in settings(type(module), name).items():
+            where = listed(*map(statement, statements[:_MOST_SETTINGS]))
+            if where is not None:
+                return _words.set_here(attribute, where)
+    return None
+
+
+def _sources(raised: Raised) -> list[_frames.Place | None]:
+    """Return where the tensors were made anew from which alone the loss was computed: one place, or none."""
+    asked = raised.asked
+    seen: set[int] = set()
+    todo = [] if asked is None else list(asked.roots)
+    places: list[_frames.Place | None] = []
+    while todo:
+        number = todo.pop()
+        made = raised.maker_of(number)
+        if made is None:
+            return []
+        if number not in seen:
+            seen.add(number)
+            todo.extend(made.inputs)
+            places += [] if made.inputs else [made.place]
+    return places if len(set(places)) == 1 else []
 
 
 def _frozen_on_the_way(raised: Raised) -> str | None:
@@ -288,8 +322,12 @@ def _twice(raised: Raised) -> str | None:
         return _words.error_note("kept", *kept)
     places = [at(backward.place) for backward in raised.trace.backwards]
     if len(places) > 1:
+        first = raised.trace.backwards[-2].place
+        held = None if first is None else _source.surrounding(first[:2], "cached")
+        cache = None if held is None else role_of("kept as long as this lasts", statement(held))
         earlier = f"{places[-2]} (the earlier one)"
-        return _words.error_note("twice", listed(*_shared(raised.trace), earlier, places[-1]))
+        shared = _shared(raised.trace)
+        return _words.error_note("twice", listed(cache, *shared, earlier, places[-1]))
     return _words.error_note("twice", places[-1]) if places else None
 
 
@@ -678,26 +716,54 @@ def _made_odd(
 
 
 def _not_in_graph(raised: Raised) -> str | None:
-    """Explain a tensor that an output was not computed from by the cut between the two."""
-    note = _failing("not_in_graph")(raised)
+    """Explain a tensor that an output was not computed from by the cut between the two, or by both ends."""
     trace = raised.trace
-    if note is None or not trace.backwards:
-        return note
+    if not trace.backwards:
+        return _failing("not_in_graph")(raised)
     asked = trace.backwards[-1]
-    makers = [raised.maker_of(n) for n in asked.wanted if trace.values[n].tracked]
-    makers = [m for m in makers if m is not None and m.kind is Kind.PLAIN]
+    unused = _unused(raised, asked)
+    names = [name for number in unused if (name := trace.values[number].parameter)]
+    named = f"`{names[0]}`, which" if names else "a tensor that"
     read = {number for op in trace.ops for number in op.inputs}
-    makers += [raised.maker_of(n) for n in asked.wanted if n not in read]
-    for cut in raised.inspection.cuts_between(asked.wanted, asked.roots):
+    makers = [(number, op) for number in unused if (op := raised.maker_of(number)) is not None]
+    made = [op for n, op in makers if trace.values[n].tracked and op.kind is Kind.PLAIN]
+    # A copy that was made after the output: what the user asks for is not what went into it.
+    made += [op for number, op in makers if number not in read]
+    last = _last_from(trace, unused)
+    outputs = [op for root in asked.roots if (op := raised.maker_of(root)) is not None]
+    for cut in raised.inspection.cuts_between(unused, asked.roots):
         if cut.site is not None:
             places = listed(_words.place(cut.site), at(asked.place))
-            return _words.error_note("cut_before", places, cut.operation or str(cut.cause))
-    for made in makers:
-        if made is not None and made.place is not None:
-            # A copy that was made after the output: what the user asks for is not what went into it.
-            came = role_of("made here", at(made.place))
-            return _words.error_note("not_in_graph", listed(came, at(asked.place)))
-    return note
+            cutter = cut.operation or str(cut.cause)
+            return _words.error_note("cut_before", places, cutter, named)
+    places = listed(
+        *(role_of("made here", at(op.place)) for op in made[:1]),
+        role_of("the last that was computed from it", None if last is None else at(last.place)),
+        *(role_of("the output", at(op.place)) for op in outputs[:1]),
+        *map(at, raised.callers_of(asked.place)),
+        at(asked.place),
+    )
+    return _words.error_note("not_in_graph", places, named)
+
+
+def _unused(raised: Raised, asked: Backward) -> tuple[int, ...]:
+    """Return the value that a message means by its index among those that were asked for, or all of them."""
+    index = re.search(r"Tensor at index (\d+)", raised.message)
+    chosen = None if index is None else int(index[1])
+    whole = asked.inputs is not None and len(asked.inputs) == len(asked.wanted)
+    if chosen is None or not whole or chosen >= len(asked.wanted):
+        return asked.wanted
+    return (asked.wanted[chosen],)
+
+
+def _last_from(trace: Trace, numbers: Iterable[int]) -> Op | None:
+    """Return the last operation that computed anything from values."""
+    behind, last = set(numbers), None
+    for op in trace.ops:
+        if op.kind is Kind.PLAIN and not behind.isdisjoint(op.inputs):
+            behind.update(op.outputs)
+            last = op
+    return last
 
 
 def _number_for_a_loss(raised: Raised) -> str | None:
@@ -717,7 +783,11 @@ def _inference(raised: Raised) -> str | None:
     while made is not None and made.grad_mode and made.inputs:
         made = raised.maker_of(made.inputs[0])  # a view of it that was made outside
     if failed is None or made is None or made.grad_mode:
-        return _failing("inference")(raised)
+        modes = [s for f in _files_of(raised) for s in _source.method_calls(f, "inference_mode")]
+        within = [role_of("perhaps made in there", statement(mode)) for mode in modes[:2]]
+        last = before_torch(raised.error) if failed is None else failed.place
+        places = listed(*within, *map(at, [*raised.callers_of(last), last]))
+        return _words.error_note("inference", places)
     came = role_of("made here", at(made.place))
     places = listed(came, raised.switched_off(made), at(failed.place))
     return _words.error_note("inference", places)
@@ -830,8 +900,9 @@ def _made_and_failing(kind: str) -> _Find:
         failed = raised.failed
         makers = [raised.maker_of(number) for number in (failed.read if failed else ())]
         made = next((at(op.place) for op in reversed(makers) if op is not None), None)
-        last = at(before_torch(raised.error)) if failed is None else at(failed.place)
-        return _words.error_note(kind, listed(role_of("made here", made), last))
+        last = before_torch(raised.error) if failed is None else failed.place
+        places = [*raised.callers_of(last), last]
+        return _words.error_note(kind, listed(role_of("made here", made), *map(at, places)))
 
     _BY_PLACE[find] = kind
     return find
@@ -1021,7 +1092,8 @@ _KINDS: tuple[tuple[str, _Find], ...] = (
     ("Only Tensors created explicitly by the user", _copied),
     ("appears to not have been used in the graph", _not_in_graph),
     ("One of the differentiated Tensors does not require grad", _without_history("not_wanting")),
-    ("you can only change requires_grad flags of leaf variables", _failing("flag_of_a_result")),
+    ("use var_no_grad = var.detach()", _made_and_failing("flag_of_a_result")),
+    ("only change requires_grad flags of leaf", _made_and_failing("flag_set_on_a_result")),
     ("Legacy autograd function with non-static forward", _raising("legacy_function")),
     ("returned an incorrect number of gradients", _in_function("wrong_count")),
     ("returned an invalid gradient", _in_function("wrong_shape")),

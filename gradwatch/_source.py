@@ -208,6 +208,12 @@ class Statement:
         return before.strip().rpartition(".")[2] if equals else ""
 
 
+def class_nodes(file: str, qualname: str) -> tuple[ast.ClassDef, ...]:
+    """Return the definitions of a class in a file."""
+    module = tree(file)
+    return () if module is None else _classes(module, qualname)
+
+
 def _classes(module: ast.Module, qualname: str) -> tuple[ast.ClassDef, ...]:
     """Return the definitions of a class: several of one name where none has its very path."""
     paths = _paths_of_classes(module)
@@ -485,11 +491,28 @@ def switches(cls: type) -> list[Statement]:
 
 def reassignments(file: str, name: str) -> list[Statement]:
     """Return where a file assigns an attribute of this name, but for its ``__init__`` methods."""
+    return _statements(file, [node for _, node in _assigned_to(file, name)])
+
+
+def settings(file: str, name: str) -> list[Statement]:
+    """Return the same, and before it the calls of the functions that assign what they are given."""
+    found = list(_assigned_to(file, name))
+    setters = {
+        f.name
+        for f, node in found
+        if isinstance(node.value, ast.Name) and node.value.id in {a.arg for a in f.args.args}
+    }
+    calls = [call for setter in sorted(setters) for call in method_calls(file, setter)]
+    return [*calls, *_statements(file, [node for _, node in found])]
+
+
+def _assigned_to(file: str, name: str) -> Iterator[tuple[ast.FunctionDef, ast.Assign]]:
     module = tree(file)
-    nodes = () if module is None else ast.walk(module)
-    functions = [n for n in nodes if isinstance(n, ast.FunctionDef) and n.name != "__init__"]
-    found = [n for f in functions for n in own_nodes(f) if _assigns(n, name)]
-    return _statements(file, found)
+    for inside in () if module is None else ast.walk(module):
+        if isinstance(inside, ast.FunctionDef) and inside.name != "__init__":
+            for node in own_nodes(inside):
+                if isinstance(node, ast.Assign) and _assigns(node, name):
+                    yield inside, node
 
 
 def surrounding(step: Step, name: str) -> Statement | None:

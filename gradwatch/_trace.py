@@ -504,6 +504,12 @@ class Trace(Record):
             )
         return entry.value
 
+    def _number_of(self, tensor: Tensor) -> int:
+        """Return the number that a tensor had when it was read last, or made."""
+        entry = self._known.get(id(tensor))
+        known = entry is not None and entry() is tensor
+        return entry.value if entry is not None and known else self._discover(tensor)
+
     def _read_parameter(self, tensor: Tensor, value: Value, entry: _Entry) -> int:
         name, wants = value.parameter, tensor.requires_grad
         if name is None:
@@ -751,8 +757,8 @@ class Trace(Record):
             call.read = []
         elif kind is Kind.SET_DATA:
             call.read = call.read[1:]
-        elif call.traits.first_alone:
-            call.read = call.read[:1]
+        elif call.traits.reads is not None:
+            call.read = call.read[call.traits.reads]
         call.numbers = [self._read(tensor) for tensor in call.read]
         if kind is Kind.HOOK:
             self.hooks[call.numbers[0]] = _frames.here(sys._getframe(3))
@@ -981,9 +987,8 @@ class Trace(Record):
             roots, inputs = _roots_and_inputs(func, args, kwargs)
             numbers = tuple(self._read(root) for root in roots)
             asked = None if inputs is None else frozenset(id(tensor) for tensor in inputs)
-            wanted = [self._known.get(id(tensor)) for tensor in inputs or ()]
-            self.backwards.append(Backward(numbers, place, accumulates, asked))
-            self.backwards[-1].wanted = tuple(entry.value for entry in wanted if entry is not None)
+            wanted = tuple(map(self._number_of, inputs or ()))
+            self.backwards.append(Backward(numbers, place, accumulates, asked, wanted))
             if accumulates:
                 around = self._entered(roots)
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem

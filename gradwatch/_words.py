@@ -6,6 +6,7 @@ one place. Facts come in as values; nothing is looked up here. Standard library 
 
 from __future__ import annotations
 
+import textwrap
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -317,6 +318,25 @@ def ran_without_it(module: str) -> str:
     return f"{what} ran, and no operation read it"
 
 
+def read_in_text(
+    cls: str, name: str, parts: Sequence[tuple[str, Site, Sequence[str]]], made: Site | None
+) -> str:
+    """Say which methods of a class read an attribute, and what has to hold for that.
+
+    Example:
+        >>> read_in_text("Net", "aux", [("forward", Site("net.py", 9), ["self.training"])], None)
+        '`Net` reads `self.aux` only in `forward` (net.py:9) if `self.training`'
+    """
+    if not parts:
+        where = "" if made is None else f", made at {place(made)}"
+        return f"nothing in `{cls}` reads `self.{name}`{where}"
+    said = []
+    for method, site, tests in parts:
+        held = " and ".join(f"`{textwrap.shorten(test, 80, placeholder=' ...')}`" for test in tests)
+        said.append(f"in `{method}` ({place(site)})" + (f" if {held}" if held else ""))
+    return f"`{cls}` reads `self.{name}` only {' and '.join(said)}"
+
+
 def another_path(cause: Cause, site: Site | None) -> str:
     """Say that a further path to the loss is cut as well."""
     where = "" if site is None else f" at {place(site)}"
@@ -389,7 +409,7 @@ ERRORS = {
         "make the view where gradients are on, or `.clone()` it",
     ),
     "cut_before": (
-        "a gradient is asked for a tensor that the output was not computed from: `{1}` cuts it off here",
+        "a gradient is asked for {2} the output was not computed from: `{1}` cuts it off here",
         "take the gradient with respect to the tensor that goes into the output",
     ),
     "not_wanting": (
@@ -399,6 +419,10 @@ ERRORS = {
     "flag_of_a_result": (
         "`requires_grad` is switched off for the result of an operation, which only leaves allow",
         "write `x = x.detach()`",
+    ),
+    "flag_set_on_a_result": (
+        "`requires_grad` is set on the result of an operation that has a history: only leaves have that flag",
+        "start from a leaf: `x = x.detach().requires_grad_()`, or call `x.retain_grad()` for its `.grad`",
     ),
     "hook": (
         "a hook that is registered here returns a gradient of another shape or type than it was given",
@@ -585,7 +609,7 @@ ERRORS = {
         "copy `x.detach().clone()`, or do not keep the result of a computation on the object",
     ),
     "not_in_graph": (
-        "a gradient is asked for a tensor that the output was not computed from",
+        "a gradient is asked for {1} the output was not computed from",
         "pass `allow_unused=True` where that is right, or look for a cut between the two",
     ),
     "wrong_count": (
@@ -682,6 +706,11 @@ def error_note(kind: str, where: str | None, *facts: str | None) -> str:
     if advice is not None:
         lines.append(f"  = help: {advice.format(*gaps)}")
     return "\n".join(lines)
+
+
+def set_here(attribute: str, where: str) -> str:
+    """Say where an attribute is set that decides what a forward reads."""
+    return f"`self.{attribute}` is set here\n  --> {where}"
 
 
 def frozen_too(folded: str, where: str | None) -> str:

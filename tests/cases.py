@@ -166,6 +166,14 @@ class Overwritten(Case):
         return self.head(h).mean()
 
 
+class GaveATypeAlone(Case):
+    expect = {"not_in_loss": ENC}
+
+    def forward(self, x):
+        h = self.enc(x)  # <- here
+        return self.head(x + h.new_tensor(0.5)).mean()
+
+
 # detached ------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from gradwatch import Watcher, diagnose
@@ -1924,6 +1925,138 @@ class LossOfAConstant(Net):
     def forward(self, x):
         self.seen = self.head(self.enc(x))
         return x.new_zeros(())  # <- here
+
+
+class LossOfANewZero(Net):
+    """Of a loss that is computed from one new tensor alone, that tensor's line is shown too."""
+
+    words = "does not require grad and does not have a grad_fn"
+    advice = "(all that the loss is computed from)"
+
+    def forward(self, x):
+        self.seen = self.head(self.enc(x))
+        losses = [x.new_zeros(())]  # <- here
+        return sum(loss.mean() for loss in losses)
+
+
+class AdapterLeftOff(Net):
+    """What decides that a parameter is not read is shown where it is set, the calls of its setter first."""
+
+    words = "does not require grad and does not have a grad_fn"
+    advice = "`self.adapts` is set here"
+
+    class Adapted(nn.Module):
+        """A frozen layer with an adapter that can be switched off."""
+
+        def __init__(self):
+            super().__init__()
+            self.frozen = nn.Linear(3, 3).requires_grad_(False)
+            self.delta = nn.Parameter(torch.zeros(3))
+            self.adapts = True
+
+        def forward(self, x):
+            return self.frozen(x) + self.delta if self.adapts else self.frozen(x)
+
+        def set_adapter(self, adapts):
+            self.adapts = adapts
+
+    def __init__(self):
+        super().__init__()
+        self.enc, self.head = self.Adapted(), None
+
+    def forward(self, x):
+        self.enc.set_adapter(False)  # <- here
+        with torch.no_grad():
+            reference = self.enc(x)
+        return (self.enc(x) - reference).mean()
+
+
+class WeightsCachedForTwoBackwards(Net):
+    words = "Trying to backward through the graph a second time"
+    advice = "(kept as long as this lasts)"
+
+    class Scaled(nn.Module):
+        """A parametrization that computes something."""
+
+        def forward(self, weight):
+            return weight.tanh()
+
+    def __init__(self):
+        super().__init__()
+        parametrize.register_parametrization(self.enc, "weight", self.Scaled())
+
+    def run(self, x):
+        with parametrize.cached():  # <- here
+            for part in x.split(2):
+                self.head(self.enc(part)).mean().backward()
+
+
+class SampledInAnEarlierStep(Net):
+    words = "Inference tensors cannot be saved for backward"
+    advice = "(perhaps made in there)"
+    steps = 2
+
+    def __init__(self):
+        super().__init__()
+        self.waiting = []
+
+    @torch.inference_mode()  # <- here
+    def sample(self, x):
+        return x + self.head(self.enc(x))
+
+    def forward(self, x):
+        x = self.waiting.pop() if self.waiting else x
+        loss = self.head(self.enc(x)).mean()
+        self.waiting.append(self.sample(x))
+        return loss
+
+
+class AttackedAgain(Net):
+    words = "you can only change requires_grad flags of leaf variables."
+    advice = "start from a leaf"
+
+    def attacked(self, x):
+        x.requires_grad = True
+        (slope,) = torch.autograd.grad(self.head(self.enc(x)).sum(), x)
+        return x + slope.sign()  # <- here
+
+    def forward(self, x):
+        return self.head(self.attacked(self.attacked(x.clone()))).mean()
+
+
+class InnerLossOfTheOldWeights(Net):
+    words = "appears to not have been used in the graph"
+    advice = "(the output)"
+
+    def forward(self, x):
+        weight = self.head.weight
+        for _ in range(2):
+            inner = F.linear(self.enc(x), self.head.weight).square().mean()  # <- here
+            (slope,) = torch.autograd.grad(inner, weight, create_graph=True)
+            weight = weight - slope
+        return F.linear(x, weight).mean()
+
+
+class GradientOfAHeadThatIsNotUsed(Net):
+    words = "appears to not have been used in the graph"
+    advice = "a gradient is asked for `head.weight`, which the output was not computed from"
+
+    def forward(self, x):
+        inner = self.enc(x).square().mean()  # <- here
+        torch.autograd.grad(inner, list(self.parameters()))
+        return self.head(x).mean()
+
+
+class StrainThatNothingReads(Net):
+    words = "appears to not have been used in the graph"
+    advice = "(the last that was computed from it)"
+
+    def forward(self, x):
+        strain = torch.zeros(3, requires_grad=True)
+        self.strained = x + x * strain  # <- here
+        energy = self.head(self.enc(x)).sum()
+        (stress,) = torch.autograd.grad(energy, strain, create_graph=True)
+        return stress.sum()
 
 
 PREPARED: list[torch.Tensor] = []

@@ -1,0 +1,157 @@
+"""Why nothing read a parameter or a module, as far as the text of its owner's class tells.
+
+What this room knows that no other does: which methods of a class read an attribute, and under which conditions. The
+statement made is one about the text, so that it is true whatever ran.
+
+Limits: only ``self.name`` counts as reading. A class that may reach its attributes by other ways (``getattr``,
+``children()``, a forward of torch's own, ``other.name`` in its file) is left alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from gradwatch import _source
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+_OTHER_WAYS = frozenset(
+    [
+        *("getattr", "vars", "eval", "exec", "__dict__", "_modules", "_parameters"),
+        *("children", "named_children", "modules", "named_modules"),
+        *("get_submodule", "get_parameter"),
+    ]
+)
+_MOST_PARTS = 3
+_ENDS = (ast.Return, ast.Raise, ast.Continue, ast.Break)
+_Conditions = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A line at which a method reads an attribute, and what has to hold for it."""
+
+    file: str
+    line: int
+    method: str
+    conditions: _Conditions = ()
+
+
+def readings(cls: type, name: str) -> list[Reading] | None:
+    """Return where a class reads an attribute, None where its text does not tell, or does not explain it.
+
+    Args:
+        cls: The class of a module.
+        name: The attribute, which is a parameter or a module.
+    """
+    found: list[Reading] = []
+    for base in cls.__mro__:
+        if _reads_nothing(base):
+            continue
+        file = _source.file_of(base)
+        bodies = [] if file is None else _source.class_nodes(file, base.__qualname__)
+        if file is None or not bodies or base.__module__.startswith("torch."):
+            return None
+        if _is_reached_otherwise(file, bodies, name):
+            return None
+        try:
+            found += dict.fromkeys(r for body in bodies for r in _in_class(file, body, name))
+        except RecursionError:  # an expression of a thousand terms
+            return None
+    plain = any(r.method == "forward" and not r.conditions for r in found)
+    return None if plain or len(found) > _MOST_PARTS else found
+
+
+def settings(cls: type, name: str) -> dict[str, list[_source.Statement]]:
+    """Return where a file sets the attributes on which the reading of another one depends, by their names.
+
+    The calls that hand a value to a setter come first: the one that does not fit is among them.
+    """
+    found: dict[str, list[_source.Statement]] = {}
+    for reading in readings(cls, name) or ():
+        for test in map(ast.parse, reading.conditions):
+            for node in ast.walk(test):
+                if isinstance(node, ast.Attribute) and _source.root_of(node) == "self":
+                    found[node.attr] = _source.settings(reading.file, node.attr)
+    return {attribute: statements for attribute, statements in found.items() if statements}
+
+
+def _reads_nothing(base: type) -> bool:
+    home = base.__module__.partition(".")[0]
+    return base is nn.Module or home in {*sys.stdlib_module_names, "pytorch_lightning", "lightning"}
+
+
+def _is_reached_otherwise(file: str, bodies: Iterable[ast.ClassDef], name: str) -> bool:
+    for method in (method for body in bodies for method in body.body):
+        made_here = getattr(method, "name", "") == "__init__"
+        nodes = () if made_here else ast.walk(method)
+        if any(_source.last_name(node) in _OTHER_WAYS for node in nodes):
+            return True
+    module = _source.tree(file)
+    loads = () if module is None else (node for node in ast.walk(module) if _loads(node, name))
+    return not all(map(_is_of_self, loads))  # another class reads one of its own
+
+
+def _loads(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == name and isinstance(node.ctx, ast.Load)
+
+
+def _is_of_self(node: ast.AST) -> bool:
+    owner = getattr(node, "value", None)
+    return isinstance(owner, ast.Name) and owner.id == "self"
+
+
+def _in_class(file: str, body: ast.ClassDef, name: str) -> Iterator[Reading]:
+    for method in body.body:
+        if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for node, conditions in _in_block(method.body, ()):
+                if _loads(node, name) and _is_of_self(node):
+                    yield Reading(file, node.lineno, method.name, conditions)  # type: ignore[attr-defined]
+
+
+def _in_block(
+    block: Iterable[ast.AST], given: _Conditions
+) -> Iterator[tuple[ast.AST, _Conditions]]:
+    """Yield the nodes of statements that follow one another, each with what has to hold for it to be reached."""
+    for statement in block:
+        yield from _in_node(statement, given)
+        if isinstance(statement, ast.If) and isinstance(statement.body[-1], _ENDS):
+            given = (*given, _not(statement.test))
+
+
+def _in_node(node: ast.AST, given: _Conditions) -> Iterator[tuple[ast.AST, _Conditions]]:
+    yield node, given
+    if isinstance(node, (ast.If, ast.IfExp)):
+        yield from _in_node(node.test, given)
+        body, orelse = (
+            part if isinstance(part, list) else [part] for part in (node.body, node.orelse)
+        )
+        yield from _in_block(body, (*given, ast.unparse(node.test)))
+        yield from _in_block(orelse, (*given, _not(node.test)))
+        return
+    if isinstance(node, ast.BoolOp):
+        for value in node.values:
+            yield from _in_node(value, given)
+            held = ast.unparse(value) if isinstance(node.op, ast.And) else _not(value)
+            given = (*given, held)
+        return
+    for _, field in ast.iter_fields(node):
+        if isinstance(field, list):
+            yield from _in_block((child for child in field if isinstance(child, ast.AST)), given)
+        elif isinstance(field, ast.AST):
+            yield from _in_node(field, given)
+
+
+def _not(test: ast.AST) -> str:
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return ast.unparse(test.operand)
+    text = ast.unparse(test)
+    return (
+        f"not {text}" if isinstance(test, (ast.Name, ast.Attribute, ast.Call)) else f"not ({text})"
+    )
