@@ -16,6 +16,7 @@ from operator import attrgetter, is_
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from gradwatch import _words
 from gradwatch._stats import measure
 from gradwatch.report import Cause, Diagnosis, GradStats, Status
 
@@ -148,6 +149,11 @@ class Ledger:
         return tuple(self._made)
 
     @property
+    def orphans(self) -> frozenset[str]:
+        """Names of those that are known to be in no optimizer."""
+        return frozenset(filter(self._is_orphan, self._open))
+
+    @property
     def is_open(self) -> bool:
         """Whether a diagnosis holds for any parameter."""
         return bool(self._open)
@@ -193,6 +199,11 @@ class Ledger:
             _, number = self._open.pop(name)
             self.recovered.add(name)
             if all(number != other for _, other in self._open.values()):
-                self._made[number] = replace(self._made[number], healed_at=step)
+                made = self._made[number]
+                ended = made.cause is not Cause.FROZEN and set(facts.frozen).issuperset(
+                    made.parameters
+                )
+                notes = (*made.notes, _words.FROZEN_SINCE) if ended else made.notes
+                self._made[number] = replace(made, healed_at=step, notes=notes)
                 healed.append(self._made[number])
         return tuple(healed)

@@ -160,7 +160,8 @@ class Owners:
             for optimizer in self._optimizers
         ]
         everyone = set[str]().union(*owned)
-        self.known = bool(everyone)
+        self.known = bool(everyone) or self._holds_twins(names)
+        """Whether it can be told which parameters are in none: not where optimizers hold copies of another kind."""
         loose = {name for name in names.parameters if complete and name not in everyone}
         self.orphans = tuple(name for name in names.parameters if name in loose)
         self._covered = [
@@ -177,6 +178,13 @@ class Owners:
             for p in group["params"]
         )
         """Tensors of the optimizers that the model does not have, with the shape of one that none owns."""
+
+    def _holds_twins(self, names: Names) -> bool:
+        """Tell whether the optimizers hold a tensor like each parameter: then they are of another copy of the model."""
+        held = {
+            _kind(p) for o in self._optimizers for group in o.param_groups for p in group["params"]
+        }
+        return bool(held) and held.issuperset(map(_kind, names.parameters.values()))
 
     def size(self) -> int:
         """Return how many tensors the optimizers hold: it changes when groups are added."""
@@ -211,3 +219,7 @@ class Owners:
 
     def _place(self, optimizer: Any) -> int | None:
         return next((i for i, known in enumerate(self._optimizers) if known is optimizer), None)
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return shape_of(tensor), tensor.dtype, tensor.device

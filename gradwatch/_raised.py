@@ -300,6 +300,8 @@ def _in_a_backward(error: Exception) -> str | None:
 
 def all_frozen(model: nn.Module, trace: Trace | None = None) -> str:
     """Return what is to be said of a loss without a history when no parameter requires grad."""
+    if next(model.parameters(), None) is None:
+        return _words.error_note("no_parameters", None)
     seen = None if trace is None else next(iter(trace.freezings.values()), None)
     return _words.error_note("all_frozen", at(seen) or _first_freezing(model, most=4))
 

@@ -119,6 +119,10 @@ class Sensor:
         self._held = _Held.of(self._gradients())
         self._first = self._first or self._held
 
+    def assume(self) -> None:
+        """Take what is there for what backward passes of this step gave: none of them was seen."""
+        self._held, self._first, self._is_over = _NOTHING, _NOTHING, True
+
     def after(self) -> None:
         """Add the parameters to which the pass gave a gradient to those of this step."""
         self._is_over = self._held is not None
@@ -229,10 +233,14 @@ class Sensor:
     def _has_arrived(self, positions: frozenset[int]) -> bool:
         return positions is self._arrived or positions <= self._arrived
 
+    def is_as_told(self) -> bool:
+        """Tell whether the same parameters hold a gradient as when that was last told."""
+        known = self._pattern.nones
+        return all(map(is_, self._nones(), known)) if known else not any(self._nones())
+
     def _present(self) -> _Pattern:
         """Tell who holds a gradient: the same ones in nearly every step."""
-        known = self._pattern.nones
-        if all(map(is_, self._nones(), known)) if known else not any(self._nones()):
+        if self.is_as_told():
             return self._pattern
         nones = tuple(self._nones())
         everyone = True not in nones

@@ -32,6 +32,8 @@ VERBS = {
     ),
 }
 IN_NO_OPTIMIZER = ("is in no optimizer", "are in no optimizer")
+FROZEN_SINCE = "what it was about is frozen now"
+"""Note of a diagnosis that ended because its parameters want no gradient any more."""
 AGAIN = {
     Status.FROZEN: ("is no longer frozen", "are no longer frozen"),
     Status.ZERO: ("gets a gradient other than zero again", "get gradients other than zero again"),
@@ -382,6 +384,10 @@ ERRORS = {
     "untraced": (
         "this step was not traced, so that the line at the root is not known",
         "run the step inside of `with gradwatch.diagnose(model):` to find it",
+    ),
+    "no_parameters": (
+        "the model has no parameters, so the loss has no history",
+        "assign layers to attributes of the module: a plain list or dictionary does not register them",
     ),
     "all_frozen": (
         "every parameter has `requires_grad=False`, so the loss has no history",

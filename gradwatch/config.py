@@ -162,7 +162,11 @@ class Config(BaseModel):
     @classmethod
     def _without_empty_sections(cls, data: object) -> object:
         if isinstance(data, Mapping):
-            return {key: value for key, value in data.items() if value is not None}
+            return {
+                key: value
+                for key, value in data.items()
+                if value is not None or key not in cls.model_fields
+            }
         return data
 
     @model_validator(mode="after")

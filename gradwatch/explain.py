@@ -157,6 +157,8 @@ def healed(diagnosis: Diagnosis, all_names: Iterable[str] = ()) -> str:
     forms = _words.AGAIN.get(diagnosis.status, _words.TRAINS)
     if diagnosis.cause is Cause.NOT_IN_OPTIMIZER:
         forms = ("is in an optimizer", "are in an optimizer")
+    elif _words.FROZEN_SINCE in diagnosis.notes:
+        forms = _words.VERBS[Status.FROZEN][:2]
     verb = forms[_is_many(names)]
     return (
         f"note[{diagnosis.cause}]: {_words.listed(names)} {verb} since step {diagnosis.healed_at}"

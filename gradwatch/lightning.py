@@ -80,6 +80,17 @@ def _harmless(hook: _Hook) -> _Hook:
     return cast("_Hook", guarded)
 
 
+def _has_late_hooks(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Tell whether hooks of the user's run between ours and the optimizer's own step."""
+    others = [c for c in getattr(trainer, "callbacks", ()) if not isinstance(c, GradWatch)]
+    hooks = [
+        pl_module.configure_gradient_clipping,
+        *(owner.on_before_optimizer_step for owner in (pl_module, *others)),
+    ]
+    homes = {hook.__module__.partition(".")[0] for hook in hooks}
+    return not homes <= {"pytorch_lightning", "lightning"}
+
+
 class GradWatch(_Bases):
     """Tell which parameters get no gradient, why, and at which expression of your source.
 
@@ -176,6 +187,7 @@ class GradWatch(_Bases):
                 name=self._name,
                 first=not ours or ours[0] is self,
                 by_hand=not pl_module.automatic_optimization,
+                touched=pl_module.automatic_optimization and _has_late_hooks(trainer, pl_module),
                 writes=trainer.is_global_zero,
                 scaler=getattr(trainer, "scaler", None),
                 # Private: set where `fit` was given a compiled module, which it unwraps.
@@ -227,8 +239,7 @@ class GradWatch(_Bases):
             judge(optimizer, step=trainer.global_step)
             if not (seen or self._saw_backward):
                 watcher.note_raw_backward()
-            if watcher.should_stop:
-                trainer.should_stop = True
+            self._obey(trainer)
 
     @_harmless
     def on_train_batch_end(
@@ -240,7 +251,8 @@ class GradWatch(_Bases):
         batch_idx: int,
     ) -> None:
         """End a batch."""
-        del trainer, batch, batch_idx
+        del batch, batch_idx
+        self._obey(trainer)
         if self._watcher is not None:
             self._watcher.known_terms(outputs)
             if not pl_module.automatic_optimization:
@@ -281,6 +293,10 @@ class GradWatch(_Bases):
         del trainer, pl_module
         if stage == "fit":
             self._close()
+
+    def _obey(self, trainer: Trainer) -> None:
+        if self._watcher is not None and self._watcher.should_stop:
+            trainer.should_stop = True
 
     def _end_batch(self) -> None:
         if self._watcher is not None:

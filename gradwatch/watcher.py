@@ -160,6 +160,15 @@ class Watcher:
     # What ``begin()`` sets.
     _clips = False
     _by_hand = False
+    _touched = False
+    _late = False
+    """Whether steps are judged after the user's hooks: the first one, and all once one has lost a gradient there."""
+    _on_trial = False
+    """Whether this is the first of them, which tells."""
+    _due: tuple[Any, int | None] | None = None
+    """The optimizer whose step is to be judged then, and its number."""
+    _judged_for: Any = None
+    """The optimizer whose step was judged before those hooks, until they have run."""
     _early: GradStats | None = None
     """What was measured before the user could clip."""
     _compiled = False
@@ -323,7 +332,7 @@ class Watcher:
         ):
             return False
         self._optimizers = (*self._optimizers, optimizer)
-        self._look_at_model()
+        self._look_at_model(midway=True)
         return True
 
     # Where nothing tells when a backward pass begins and ends ------------------------------------
@@ -455,6 +464,7 @@ class Watcher:
         name: str | None = None,
         first: bool = True,
         by_hand: bool = False,
+        touched: bool = False,
     ) -> None:
         """Begin the run, once optimizers and loggers exist.
 
@@ -471,19 +481,23 @@ class Watcher:
             name: What tells the cards of this watcher from those of another one in the same run.
             first: Whether this is the one of them that writes the history.
             by_hand: Whether the user may clip gradients between ``after_backward()`` and ``before_step()``.
+            touched: Whether hooks of the user's may take gradients away between ``before_step()`` and the
+                optimizer's own step. Where they do, steps are judged after it from then on.
         """
         self._cost = Cost()
         self._optimizers = _as_optimizers(optimizers)
         self._complete = bool(self._optimizers)
         self._scaler = scaler if scaler is not None else self._scaler
-        if clips:
+        if clips or touched:
             # Right before the step, or inside of it, where Lightning runs forward and backward as a closure.
             for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook):
-                self._plain.callback(register(self._after_clipping).remove)
+                self._plain.callback(register(self._after_hooks).remove)
         self._every = self.config.log.every_n_steps or max(every_n_steps, 1)
         self._clips, self._by_hand = clips, by_hand
         self._maker = maker
         self._group = Group.of(self._model, around)
+        # All ranks must judge at the same place.
+        self._touched = self._late = self._on_trial = touched and self._group is None
         self._writes = writes if writes is not None else not (self._group and self._group.rank)
         if is_flattened(self._model, around):
             _log.warning(_words.FLATTENED)
@@ -614,14 +628,21 @@ class Watcher:
         """
         if self._off:
             self._keep_company()
+        elif self._late:
+            self._due = optimizer, step
+            if self._on_trial:
+                self._sensor.missing()
+            if self._is_logged:
+                self._measure_early()
         else:
             self._before_step(optimizer, step, seen=seen)
+            self._judged_for = optimizer
 
     def _before_step(self, optimizer: Any, step: int | None, *, seen: bool) -> None:
         if self._judge is None or not self._anything_ran():
             return
         if self._owners.changed():
-            self._look_at_model()
+            self._look_at_model(midway=True)
         covered = self._owners.covered(optimizer)
         if step is not None:
             again, self._last = self._last == (step, id(optimizer)), (step, id(optimizer))
@@ -645,10 +666,25 @@ class Watcher:
             self._deliver(report, optimizer)
 
     @_harmless_hook
-    def _after_clipping(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _after_hooks(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         del args, kwargs
-        if not self._off:
-            self._hand_on(optimizer)
+        if self._off:
+            return
+        if self._due is not None and self._due[0] is optimizer:
+            self._judge_due(*self._due)
+        elif self._judged_for is optimizer:
+            self._judged_for = None
+            if self._touched and not self._sensor.is_as_told():
+                self._late = True
+                self._wanted |= {"missing"} if self.config.trace == "auto" else set()
+        self._hand_on(optimizer)
+
+    def _judge_due(self, optimizer: Any, step: int | None) -> None:
+        """Judge a step that has waited for the user's hooks to run."""
+        self._due = None
+        if self._on_trial:
+            self._on_trial, self._late = False, not self._sensor.is_as_told()
+        self._before_step(optimizer, step, seen=True)
 
     def _hand_on(self, optimizer: Any = None) -> None:
         """Hand on a report that has waited for its clipped norm."""
@@ -674,6 +710,8 @@ class Watcher:
             self._batches += 1
 
     def _finish_batch(self) -> None:
+        if self._due is not None:  # its optimizer did not step, or is another one than was said
+            self._judge_due(*self._due)
         self._cost.end_batch(traced=self._inspection is not None)
         if self._terms:
             self._say_terms()
@@ -788,13 +826,21 @@ class Watcher:
 
     # One step -----------------------------------------------------------------------------------
 
-    def _look_at_model(self) -> None:
-        """Take the parameters and their owners as they are now; what arrived so far is kept."""
+    def _look_at_model(self, *, midway: bool = False) -> None:
+        """Take the parameters and their owners as they are now; what arrived so far is kept.
+
+        Args:
+            midway: Whether a backward pass of this step has been: what is there then counts as its own.
+        """
         self._names = names_of(self._model).where(self.config.watch.holds)
         self._owners = Owners(self._names, self._optimizers, complete=self._complete)
         known = getattr(self, "_sensor", None)
         if known is None or not known.watches(self._names.parameters):
             self._sensor = Sensor(self._names.parameters, each=self._group is not None)
+            if midway:
+                self._sensor.assume()
+            if known is not None:  # what is new may be in no optimizer
+                self._ledger.knows_orphans = False
 
     def _anything_ran(self) -> bool:
         seen = self._inspection is not None and self._inspection.passes
@@ -960,7 +1006,12 @@ class Watcher:
         orphans = [name for name in self._owners.orphans if name in covered]
         if self._owners.known and not self._ledger.knows_orphans:
             self._ledger.knows_orphans = True
-            wanting = [name for name in orphans if self._names.parameters[name].requires_grad]
+            told = self._ledger.orphans
+            wanting = [
+                name
+                for name in orphans
+                if self._names.parameters[name].requires_grad and name not in told
+            ]
             statuses = facts.complete(covered)
             found += not_in_optimizer(
                 [name for name in wanting if self._needs_a_gradient(name)],
@@ -1019,7 +1070,7 @@ class Watcher:
     def _deliver(self, report: Report, optimizer: Any) -> None:
         self.report = report
         action = worst(report.alerts)
-        if self._clips and report.logged and action is not Action.ABORT:
+        if self._clips and not self._late and report.logged and action is not Action.ABORT:
             self._held = (report, optimizer)
         else:
             self._write(report)

@@ -328,6 +328,7 @@ def test_word_read_as_truth_value_is_explained():
         ("log: {jsonl: yes}", "`jsonl` in `log` is true, expected text"),
         ("log: 2024-13-45", "`log` is `2024-13-45`, expected a mapping"),
         ("on: 3", "unknown key `on`"),
+        ("rulez:", "unknown key `rulez`"),
         ("trace: never\n? [a]\n: 3", "a key is a list or a mapping, expected a word"),
         ("tensorboard: {prefix: a/}", "`prefix` in `tensorboard` is `a/`, expected text without `/` at its ends"),
         ("tensorboard: {prefix: ''}", "`prefix` in `tensorboard` is empty, expected text without `/` at its ends"),

@@ -249,6 +249,38 @@ def test_norms_are_those_before_clipping(pl: Any):
     assert callback.report.total_norm == pytest.approx(2.0)
 
 
+class Dropping(Net):
+    """A hook between ours and the optimizer's step takes gradients away from a batch on; None never does."""
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, **options) -> None:
+        first = self.options["first"]
+        if first is not None and self.trainer.global_step >= first:  # type: ignore[attr-defined]
+            self.branches["left"].weight.grad = None  # <- here
+        self.clip_gradients(optimizer, gradient_clip_val=0.001)  # type: ignore[attr-defined]
+
+
+def test_what_a_later_hook_takes_away_is_missing(pl: Any):
+    """Gradients that `configure_gradient_clipping` empties are missing from the first step on, or from the next one."""
+    shown = {}
+    for first in (0, 2, None):
+        sink = MemorySink()
+        callback = GradWatch(PATIENT, every_n_steps=1, sinks=[sink])
+        model = made(pl, Dropping, "left", "right", first=first)
+        fit(pl, model, callback, batches=5)
+        statuses = [report.statuses[a("left")] for report in sink.reports]
+        sites = [(d.cause, d.parameters, d.site and d.site.line) for d in callback.diagnoses]
+        shown[first] = statuses, sites
+        totals = [report.norms[a("right")] for report in sink.reports]
+        assert totals == [pytest.approx(2**0.5)] * 5
+
+    cleared = [(Cause.CLEARED, (a("left"),), guilty_line(Dropping))]
+    assert shown == {
+        0: ([MISSING] * 5, cleared),
+        2: ([OK, OK, OK, MISSING, MISSING], cleared),
+        None: ([OK] * 5, []),
+    }
+
+
 def test_zeros_that_zero_grad_left_are_missing(pl: Any):
     """With ``set_to_none=False`` a parameter that no longer trains is missing, not zero."""
     model = made(pl, Every, "each", "third", each=1, third=3)

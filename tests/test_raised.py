@@ -1962,13 +1962,25 @@ class AdapterLeftOff(Net):
 
     def __init__(self):
         super().__init__()
-        self.enc, self.head = self.Adapted(), None
+        self.requires_grad_(False)
+        self.adapted = self.Adapted()
 
     def forward(self, x):
-        self.enc.set_adapter(False)  # <- here
+        self.adapted.set_adapter(False)  # <- here
         with torch.no_grad():
-            reference = self.enc(x)
-        return (self.enc(x) - reference).mean()
+            reference = self.adapted(x)
+        return (self.adapted(x) - reference).mean()
+
+
+class LayersInAList(nn.Module):
+    """A model whose layers are in a plain list, so that it has no parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(3, 1).requires_grad_(False)]
+
+    def forward(self, x):
+        return self.layers[0](x).mean()
 
 
 class WeightsCachedForTwoBackwards(Net):
@@ -2126,6 +2138,16 @@ def test_an_error_keeps_its_words_and_names_the_line_and_the_way_out(case):
     assert f"test_raised.py:{guilty_line(case)}" in note
     assert case.advice in note
     assert getattr(case, "switch", "") in note
+
+
+def test_a_model_without_parameters_is_said_to_have_none():
+    """Where a model has no parameters, nobody is told that they are frozen."""
+    model = LayersInAList()
+    with pytest.raises(RuntimeError) as caught, diagnose(model):
+        model(torch.ones(1, 3)).backward()
+
+    (note,) = caught.value.__notes__
+    assert note.startswith("GradWatch: the model has no parameters, so the loss has no history\n")
 
 
 def test_the_traceback_through_the_backward_of_a_function_is_kept():

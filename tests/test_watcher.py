@@ -1338,3 +1338,91 @@ def test_loops_of_every_shape_are_seen_as_they_are(seed: int):
     drawn = Drawn(seed)
 
     assert drawn.run() == drawn.truth
+
+
+class Growing(nn.Module):
+    """Two layers, and perhaps a third one, which the loss reads as soon as it is there."""
+
+    def __init__(self, *, cut: bool = False) -> None:
+        super().__init__()
+        self.u, self.v, self.cut = nn.Linear(2, 2), nn.Linear(2, 1), cut
+        self.more: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.u(x)
+        y: Tensor = self.v(h.detach() if self.cut else h)
+        return y.mean() + (self.more(x).mean() if self.more is not None else 0)
+
+
+def watched_five(model: nn.Module, optimizer: Any, change: Any = None) -> Watcher:
+    """Return the watcher of five steps, before the third of which something is changed."""
+    with Watcher(model, optimizers=[optimizer], every_n_steps=1, for_steps=1) as watcher:
+        for number in range(5):
+            if number == 2 and change is not None:
+                change()
+            with watcher.step():
+                optimizer.zero_grad()
+                model(torch.ones(2, 2)).backward()
+                optimizer.step()
+    return watcher
+
+
+def told(watcher: Watcher) -> list[tuple[str, tuple[str, ...]]]:
+    return [(str(d.cause), d.parameters) for d in watcher.diagnoses]
+
+
+def test_a_group_of_new_parameters_makes_nothing_missing(capsys):
+    """Where an optimizer is given a layer that was made in the middle of a run, every gradient of that step counts."""
+    model = Growing()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def grow() -> None:
+        model.more = nn.Linear(2, 1)
+        optimizer.add_param_group({"params": list(model.more.parameters())})
+
+    watcher = watched_five(model, optimizer, grow)
+
+    assert told(watcher) == []
+    assert capsys.readouterr().err == ""
+    assert dict(watcher.report.statuses) == dict.fromkeys(
+        [f"{layer}.{part}" for layer in ("u", "v", "more") for part in ("weight", "bias")],
+        Status.OK,
+    )
+
+
+def test_an_optimizer_of_another_copy_of_the_model_is_named():
+    """All parameters are in no optimizer where it holds those of an older model, also by assigned values."""
+    everyone = ("u.weight", "u.bias", "v.weight", "v.bias")
+    model, assigned = Growing(), Growing()
+    older = torch.optim.SGD(Growing().parameters(), 0.1)
+    before = torch.optim.SGD(assigned.parameters(), 0.1)
+    assigned.load_state_dict(Growing().state_dict(), assign=True)
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(3))], 0.1)  # perhaps flattened copies
+
+    found = [
+        told(watched_five(*pair)) for pair in ((model, older), (assigned, before), (model, other))
+    ]
+
+    assert found == [[("not_in_optimizer", everyone)]] * 2 + [[]]
+
+
+def test_a_layer_that_is_replaced_in_a_run_is_in_no_optimizer():
+    """A layer put in another's place in the middle of a run is named once it is looked into."""
+    model = Growing()
+
+    def change() -> None:
+        model.u = nn.Linear(2, 2)
+
+    watcher = watched_five(model, torch.optim.SGD(model.parameters(), 0.1), change)
+
+    assert told(watcher) == [("not_in_optimizer", ("u.weight", "u.bias"))]
+
+
+def test_what_is_frozen_after_its_diagnosis_is_said_to_be_frozen(capsys):
+    """A diagnosis ends with the freezing of its parameters, and nobody is told that they got a gradient again."""
+    model = Growing(cut=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    watched_five(model, optimizer, lambda: model.u.requires_grad_(False))
+
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == "note[detached]: `u.*` are frozen since step 2"
