@@ -182,6 +182,8 @@ class Watcher:
     _in_step = False
     _waits = False
     """Whether a block was left in which no optimizer has stepped."""
+    _had_block = False
+    """Whether any block was left without an exception."""
 
     def __init__(
         self,
@@ -290,6 +292,7 @@ class Watcher:
         finally:
             self._in_step = False
             self._waits = not self._stepped
+        self._had_block = True
         if self._optimizers:
             self.settle()
         else:
@@ -775,7 +778,7 @@ class Watcher:
 
     def _say_idle(self) -> None:
         """Say which optimizers never stepped, so that nothing is known of their parameters."""
-        if self._backwards and not self._steps:
+        if (self._backwards or self._had_block) and not self._steps:
             _log.warning(_words.NO_STEP)
         for place, optimizer in enumerate(self._optimizers if self._steps and self._writes else ()):
             names = self._owners.owned(optimizer)

@@ -1426,3 +1426,25 @@ def test_what_is_frozen_after_its_diagnosis_is_said_to_be_frozen(capsys):
 
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last == "note[detached]: `u.*` are frozen since step 2"
+
+
+def test_a_loop_whose_optimizer_never_steps_is_told_so(caplog):
+    """Where the given optimizer never steps, one line at the end says that nothing was judged; not after an error."""
+    model = Growing(cut=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Watcher(model, optimizers=[optimizer]) as watcher:
+        for _ in range(3):
+            with watcher.step():
+                model(torch.ones(2, 2)).backward()
+    said = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    with (
+        pytest.raises(ZeroDivisionError),
+        Watcher(model, optimizers=[optimizer]) as watcher,
+        watcher.step(),
+    ):
+        model(torch.ones(2, 2)).backward()
+        raise ZeroDivisionError
+
+    assert said == ["no optimizer step was seen in this run, so that nothing was judged"]
+    assert caplog.records == []
