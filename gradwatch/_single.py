@@ -73,7 +73,13 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
         self._norms: dict[str, float] = {}
 
     def __str__(self) -> str:
-        return explain.render(self.report, tuple(self.report.statuses))
+        found = explain.render(self.report, tuple(self.report.statuses))
+        healthy = self.report.statuses and not found
+        return f"no problem found: {explain.summary_line(self.report)}" if healthy else found
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: FBT001 -- IPython's protocol
+        del cycle
+        printer.text(str(self))
 
     def __enter__(self) -> Self:
         self.report, self._ended = Report(step=0), None

@@ -102,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return _NO_READER
-        print(f"error[output]: {error.strerror or error}", file=sys.stderr)
+        where = "" if error.filename is None else f"`{error.filename}`: "
+        print(f"error[output]: {where}{error.strerror or error}", file=sys.stderr)
         return _UNWRITABLE
     return status
 
@@ -281,7 +282,9 @@ def _report(arguments: argparse.Namespace) -> None:
         print(render(diagnosis, known.names), end="\n\n")
     for alert in known.report.alerts:
         print(render(alert, known.names), end="\n\n")
-    if not holding:
+    if not (len(known.batches) or holding or known.report.alerts):
+        print("nothing is known of this run yet: no logged step of it was written")
+    elif not (holding or known.report.alerts):
         print(f"no problem found in {len(known.names)} parameters")
     if arguments.output != "-":
         title = Path(arguments.log_dir).resolve().name

@@ -252,7 +252,7 @@ def test_diagnosed(gradwatch):
     net, cut = Net(), Cut()
     with gradwatch.diagnose(net) as diagnosis:
         net.loss(X).backward()
-    assert str(diagnosis) == ""
+    assert str(diagnosis).startswith("no problem found: ")
     with gradwatch.diagnose(cut, contract=[{"parameters": "encoder.*", "gradient": "none"}]):
         cut.loss(X).backward()
     with gradwatch.diagnose(cut):

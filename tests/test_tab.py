@@ -213,6 +213,29 @@ def test_report_of_a_healthy_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.startswith("no problem found in 5 parameters\ntensorboard ")
 
 
+def test_report_of_a_run_without_a_logged_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Of a run that was cut off before its first logged step nothing is known, and that is what is said."""
+    (file,) = write(tmp_path, sick=False).iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: whole.index(b"alerts_total", whole.index(b"gradwatch/params/"))])
+
+    assert main(["report", str(tmp_path), "--output", "-"]) == 0
+
+    out = capsys.readouterr().out
+    assert out.startswith("nothing is known of this run yet: no logged step of it was written\n")
+
+
+def test_report_that_cannot_be_written_names_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A page in a folder that is not there is one line with its name."""
+    page = tmp_path / "nowhere" / "page.html"
+
+    assert main(["report", str(write(tmp_path / "run")), "--output", str(page)]) == 1
+
+    assert capsys.readouterr().err == f"error[output]: `{page}`: No such file or directory\n"
+
+
 def test_report_of_nothing_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """A folder without a run gets one line on stderr, and status 2."""
     assert main(["report", str(tmp_path)]) == 2
