@@ -807,7 +807,9 @@ def grouped(
                 site=found.site,
                 operation=found.operation,
                 notes=notes[:4],
-                help=explain.help_for(found.cause, found.operation, names, found.site, all_names),
+                help=_words.COMPUTE_ANEW
+                if _words.COMPUTED_EARLIER in found.notes
+                else explain.help_for(found.cause, found.operation, names, found.site, all_names),
                 step=step,
             )
         )

@@ -146,6 +146,8 @@ CLEARED_IN_BACKWARD = (
 IN_THE_GRAPH = "the autograd graph of the loss leads to it, and no gradient arrived"
 TAKEN = "a hook on it, or on its way, may have taken the gradient away"
 NOT_IN_THE_GRAPH = "the autograd graph of the loss does not lead to it"
+COMPUTE_ANEW = "compute it anew from the parameter in each `forward`, where the loss can reach it"
+"""The help where COMPUTED_EARLIER is a note: without what cut it off, the second step would fail."""
 COMPUTED_EARLIER = "the value was computed before this step, and is used in the parameter's place"
 INSIDE_TRANSFORMS = "values inside of `torch.func` transforms cannot be followed"
 NO_BACKWARD = "no backward pass ran in this step"

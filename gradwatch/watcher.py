@@ -760,6 +760,8 @@ class Watcher:
     def interrupted(self, error: BaseException) -> None:
         """Clean up after an exception of the user's, and add a note on its cause where one is known."""
         inspection = self._stop_inspection()
+        if inspection is not None and not self._stepped and self.config.trace == "auto":
+            self._wanted.add("missing")  # a loop that goes on is traced again: nothing was judged
         if isinstance(error, Exception) and not isinstance(error, GradWatchError):
             add_note(error, inspection, self._model, self._ledger.holding)
 

@@ -1448,3 +1448,47 @@ def test_a_loop_whose_optimizer_never_steps_is_told_so(caplog):
 
     assert said == ["no optimizer step was seen in this run, so that nothing was judged"]
     assert caplog.records == []
+
+
+def test_a_step_that_raises_does_not_use_up_the_trace():
+    """After an error that the loop survives the next step is traced, and its cut has a cause at once."""
+    model = Growing(cut=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Watcher(model, optimizers=[optimizer]) as watcher:
+        with pytest.raises(ZeroDivisionError), watcher.step():
+            model(torch.ones(2, 2))
+            raise ZeroDivisionError
+        with watcher.step():
+            model(torch.ones(2, 2)).backward()
+            optimizer.step()
+
+    assert [(str(d.cause), d.parameters, d.step) for d in watcher.diagnoses] == [
+        ("detached", ("u.weight", "u.bias"), 0)
+    ]
+
+
+class NormalisedOnce(nn.Module):
+    """A weight that is divided by its norm before the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2))
+        self.v = nn.Linear(2, 1)
+        self.unit = (self.w / self.w.norm()).detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.v(x * self.unit)
+        return y.mean()
+
+
+def test_what_was_computed_before_the_step_is_to_be_computed_in_it():
+    """The way out of a value computed in `__init__` is not to keep its history, which the second step would miss."""
+    model = NormalisedOnce()
+    with diagnose(model) as diagnosis:
+        model(torch.ones(2, 2)).backward()
+
+    (found,) = diagnosis.report.diagnoses
+    assert found.parameters == ("w",)
+    assert found.help == (
+        "compute it anew from the parameter in each `forward`, where the loss can reach it"
+    )
