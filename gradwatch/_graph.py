@@ -646,7 +646,8 @@ def _to_host(measured: list[tuple[tuple[int, int], Tensor]]) -> dict[tuple[int, 
     """Copy all measurements in one transfer per device and type."""
     groups: dict[Any, list[tuple[tuple[int, int], Tensor]]] = {}
     for key, size in measured:
-        groups.setdefault((size.device, size.dtype), []).append((key, size))
+        if not size.is_meta:  # a tensor without data has no size to read
+            groups.setdefault((size.device, size.dtype), []).append((key, size))
     done: dict[tuple[int, int], float] = {}
     for group in groups.values():
         values = torch.stack([size for _, size in group]).tolist()

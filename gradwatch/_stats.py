@@ -461,6 +461,8 @@ def _norms(
             return dict(zip(gradients, together.tolist(), strict=True))
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, gradient in gradients.items():
+        if gradient.is_meta:
+            continue  # without data it has no norm
         key = (gradient.device, gradient.dtype, _sum_dtype(gradient, wide=wide))
         groups.setdefault(key, []).append(name)
     by_device: dict[torch.device, tuple[list[str], list[Tensor]]] = {}

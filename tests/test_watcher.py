@@ -1492,3 +1492,21 @@ def test_what_was_computed_before_the_step_is_to_be_computed_in_it():
     assert found.help == (
         "compute it anew from the parameter in each `forward`, where the loss can reach it"
     )
+
+
+def test_a_model_on_the_meta_device_is_diagnosed():
+    """Of a model without data it is known who gets a gradient and why not; norms it has none."""
+    model = Growing(cut=True).to("meta")
+    x = torch.ones(2, 2, device="meta")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with diagnose(model) as diagnosis:
+        model(x).backward()
+    model.zero_grad()
+    with Watcher(model, optimizers=[optimizer], every_n_steps=1) as watcher, watcher.step():
+        model(x).backward()
+        optimizer.step()
+
+    for report in (diagnosis.report, watcher.report):
+        (found,) = report.diagnoses
+        assert (found.cause, found.parameters) == (Cause.DETACHED, ("u.weight", "u.bias"))
+        assert report.norms == {}
