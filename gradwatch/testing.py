@@ -123,7 +123,7 @@ class checked_pass(diagnose):  # noqa: N801 -- reads as a phrase: `with checked_
         >>> with checked_pass(model) as diagnosis:
         ...     model(torch.ones(1, 2)).sum().backward()
         >>> str(diagnosis)
-        ''
+        'no problem found: 2 parameters train'
     """
 
     def __init__(self, model: nn.Module, contract: Contract = ()) -> None:
