@@ -84,7 +84,9 @@ def settings(cls: type, name: str) -> dict[str, list[_source.Statement]]:
 
 def _reads_nothing(base: type) -> bool:
     home = base.__module__.partition(".")[0]
-    return base is nn.Module or home in {*sys.stdlib_module_names, "pytorch_lightning", "lightning"}
+    if issubclass(base, nn.Module):  # a user's file may have the name of a standard module
+        return base is nn.Module or home in {"pytorch_lightning", "lightning"}
+    return home in sys.stdlib_module_names
 
 
 def _is_reached_otherwise(file: str, bodies: Iterable[ast.ClassDef], name: str) -> bool:

@@ -98,6 +98,18 @@ def test_another_method_that_reads_it():
     ]
 
 
+def test_a_file_with_the_name_of_a_standard_module():
+    """The text of a class counts also where its module is called like one of Python's own."""
+
+    class InCode(Net):
+        __module__ = "code"
+
+        def forward(self, x):
+            return self.head(self.enc(x) if self.on else x)
+
+    assert notes_of(InCode()) == ["`InCode` reads `self.enc` only in `forward` if `self.on`"]
+
+
 def test_silence_where_the_text_does_not_explain():
     """Nothing is said of the text where `forward` does read it, or may reach it by a name, or another class does."""
 
