@@ -160,6 +160,7 @@ TAKEN_AWAY = (
     "seen, and nothing is said about them"
 )
 SWITCHED_OFF = "GradWatch failed and has switched itself off; training goes on"
+SINK_FAILED = "`%s` failed and gets no more reports; training and watching go on"
 DROPS_OUT = "an offset, such as a bias, drops out of a derivative"
 NO_STEP = "no optimizer step was seen in this run, so that nothing was judged"
 FLATTENED = (

@@ -24,6 +24,7 @@ from gradwatch.config import Config, load_config
 from gradwatch.errors import GradWatchError
 from gradwatch.report import Diagnosis, Report
 from gradwatch.sinks import Sink  # noqa: TC001 -- jsonargparse reads the annotations
+from gradwatch.sinks.standard import as_sinks
 from gradwatch.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class GradWatch(_Bases):
 
     Raises:
         ConfigError: The configuration cannot be used; the message shows every mistake with its place.
+        TypeError: A sink has no ``write`` or no ``close``.
 
     Cost:
         On a step that is not logged, two passes over ``.grad``: no kernel, no synchronization. On a
@@ -136,7 +138,7 @@ class GradWatch(_Bases):
             every_n_steps=every_n_steps, for_steps=for_steps, action=action
         )
         self._name = name
-        self._given_sinks = tuple(sinks)
+        self._given_sinks = as_sinks(sinks)
         self._state: Mapping[str, Any] = {}
         self._watcher: Watcher | None = None
         self._saw_backward = False

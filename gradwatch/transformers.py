@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gradwatch._names import innermost
 from gradwatch.config import Config, load_config
 from gradwatch.report import Diagnosis, Report
+from gradwatch.sinks.standard import as_folder, as_sinks
 from gradwatch.watcher import Watcher
 
 try:
@@ -47,6 +48,7 @@ class GradWatchCallback(TrainerCallback):
 
     Raises:
         ConfigError: The configuration cannot be used.
+        TypeError: An argument is of another kind.
 
     Cost:
         That of ``Watcher``.
@@ -71,8 +73,8 @@ class GradWatchCallback(TrainerCallback):
         self.config = load_config(config).with_overrides(
             every_n_steps=every_n_steps, for_steps=for_steps, action=action
         )
-        self._log_dir = log_dir
-        self._given_sinks = tuple(sinks)
+        self._log_dir = log_dir if log_dir is None else as_folder(log_dir)
+        self._given_sinks = as_sinks(sinks)
         self._watcher: Watcher | None = None
         self._handle: Any = None
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import compress
 from operator import attrgetter, not_
@@ -40,11 +40,11 @@ from gradwatch.errors import DisconnectedParameterError, GradientAlertError, Gra
 from gradwatch.report import Action, Alert, Cause, Diagnosis, GradStats, Report, Status
 from gradwatch.rules import Judge, Observation, worst
 from gradwatch.sinks.console import ConsoleSink
-from gradwatch.sinks.standard import standard_sinks
+from gradwatch.sinks.standard import as_folder, as_sinks, standard_sinks
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
     from torch import nn
@@ -137,7 +137,8 @@ class Watcher:
         scaler: The GradScaler, where there is one: single overflows are then no fault.
 
     Raises:
-        ConfigError: The configuration cannot be used.
+        ConfigError: The configuration cannot be used; on entry, that nothing can be written to ``log_dir``.
+        TypeError: An argument is of another kind.
 
     Cost:
         On an unlogged step, passes over ``.grad`` alone: no kernel, no synchronization. On a logged one
@@ -206,10 +207,10 @@ class Watcher:
         """Whether a rule with ``action: stop`` has fired: a hand-written loop has to look, and end."""
         self._model = checked(model, "Watcher(model)")
         self._cost = Cost()
-        self._optimizers = _as_optimizers(optimizers)
+        self._optimizers = _checked_optimizers(optimizers)
         self._complete = bool(self._optimizers)
-        self._log_dir = log_dir
-        self._given_sinks = tuple(sinks)
+        self._log_dir = log_dir if log_dir is None else as_folder(log_dir)
+        self._given_sinks = as_sinks(sinks)
         self._sinks: list[Sink] = []
         self._every = self.config.log.every_n_steps or 50
         self._ledger = Ledger()
@@ -731,10 +732,7 @@ class Watcher:
             self._early = None
             self._backwards = 0
             self._batches += 1
-            for sink in self._sinks:
-                flush = getattr(sink, "flush", None)
-                if flush is not None:
-                    flush()
+            self._tell_sinks(lambda sink: getattr(sink, "flush", _nothing)())
             if logged:
                 self._keep_budget()
 
@@ -1086,8 +1084,18 @@ class Watcher:
 
     def _write(self, report: Report) -> None:
         self.report = report
-        for sink in self._sinks:
-            sink.write(report)
+        self._tell_sinks(lambda sink: sink.write(report))
+
+    def _tell_sinks(self, tell: Callable[[Sink], object]) -> None:
+        """Tell every sink; one that fails gets no more, and neither the others nor the rules lose anything."""
+        for sink in tuple(self._sinks):
+            try:
+                tell(sink)
+            except Exception as error:  # noqa: BLE001 -- not worth the run, nor the watch
+                self._sinks.remove(sink)
+                _log.warning(_words.SINK_FAILED, type(sink).__name__, exc_info=error)
+                with suppress(Exception):
+                    sink.close()
 
     def switch_off(self, error: Exception) -> None:
         """Watch no more after a failure of ours, of which one log record tells."""
@@ -1106,9 +1114,23 @@ def _place_of(cut: Finding | None) -> tuple[str | None, str | None]:
     return str(cut.cause), _words.place(cut.site)
 
 
+def _nothing() -> None:
+    """Stand in for the ``flush()`` that a sink need not have."""
+
+
+def _checked_optimizers(given: Any) -> tuple[Any, ...]:
+    """Return the optimizers that were given, or say what else was."""
+    several = _as_optimizers(given)
+    for optimizer in several:
+        if not hasattr(optimizer, "param_groups"):
+            found = type(optimizer).__name__
+            raise TypeError(f"`Watcher(optimizers=...)`: expected optimizers, found `{found}`")
+    return several
+
+
 def _as_optimizers(given: Any) -> tuple[Any, ...]:
     """Return the optimizers that were given, also where that is a single one."""
-    several = (given,) if hasattr(given, "param_groups") else tuple(given)
+    several = given if isinstance(given, Iterable) else (given,)
     return tuple(map(innermost, several))
 
 

@@ -352,7 +352,7 @@ class BadSink(MemorySink):
 
     def __init__(self, where: str) -> None:
         super().__init__()
-        setattr(self, where, Once(getattr(self, where)))
+        setattr(self, where, Once(getattr(self, where, super().close)))
 
 
 FAULTS = [
@@ -520,15 +520,18 @@ def test_a_failure_in_any_call_leaves_the_run_as_it_is(where: str):
     assert failed == []
 
 
-@pytest.mark.parametrize("where", ["write", "close"])
+@pytest.mark.parametrize("where", ["write", "flush", "close"])
 def test_a_sink_that_fails_is_one_log_record(where: str, caplog: pytest.LogCaptureFixture):
-    """A sink of the user's that fails does not end the run."""
+    """A sink of the user's that fails ends neither the run nor the watch: another one gets every report."""
     without = lightning_alone()
+    whole, beside = MemorySink(), MemorySink()
+    in_lightning(GradWatch(every_n_steps=1, sinks=[whole]))
 
-    with_it = in_lightning(GradWatch(sinks=[BadSink(where)]))
+    with_it = in_lightning(GradWatch(every_n_steps=1, sinks=[BadSink(where), beside]))
 
     assert_same(with_it, without)
     assert logged(caplog) == [(logging.WARNING, BoomError)]
+    assert [r.step for r in beside.reports] == [r.step for r in whole.reports] != []
 
 
 def test_after_a_failure_nothing_is_watched(monkeypatch: pytest.MonkeyPatch):

@@ -1009,6 +1009,41 @@ def test_what_is_no_module_is_refused(make: Any):
         make([nn.Linear(2, 1)])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"optimizers": ["adam"]}, "`Watcher(optimizers=...)`: expected optimizers, found `str`"),
+        ({"optimizers": 3}, "`Watcher(optimizers=...)`: expected optimizers, found `int`"),
+        ({"log_dir": 3}, "`log_dir`: expected the path of a folder, found `3`"),
+        (
+            {"sinks": [print]},
+            "`sinks`: expected objects with `write(report)` and `close()`, found `<built-in function print>`",
+        ),
+        (
+            {"sinks": [MemorySink]},
+            "`sinks`: expected objects with `write(report)` and `close()`, found the class `MemorySink`",
+        ),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused(arguments: dict[str, Any], message: str):
+    """What can be no optimizer, folder or sink is an error at once, and not in the first step."""
+    with pytest.raises(TypeError) as caught:
+        Watcher(Healthy(), **arguments)
+
+    assert str(caught.value) == message
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
+    """A ``log_dir`` below a file is an error when the run begins, and names the way out."""
+    (tmp_path / "file").touch()
+
+    with (
+        pytest.raises(ConfigError, match=r"cannot be written, .*: name a folder elsewhere"),
+        Watcher(Healthy(), log_dir=tmp_path / "file" / "runs"),
+    ):
+        pass
+
+
 def test_a_step_outside_of_the_block_is_refused():
     """``step()`` before ``with watcher:`` would watch nothing, and says so."""
     watcher = Watcher(Healthy())

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from gradwatch.errors import ConfigError
+from gradwatch.sinks import Sink
 from gradwatch.sinks.console import ConsoleSink
 from gradwatch.sinks.jsonl import JsonLinesSink
 from gradwatch.sinks.logger import LoggerSink
 from gradwatch.sinks.tensorboard import TensorBoardSink, links
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
-
-    from gradwatch.sinks import Sink
+    from collections.abc import Collection, Sequence
 
 _log = logging.getLogger("gradwatch")
 
@@ -45,7 +46,7 @@ def standard_sinks(
         history: Whether the history is written too, which can only be once in an event file.
 
     Raises:
-        ConfigError: ``jsonl`` cannot be written.
+        ConfigError: ``jsonl`` or ``log_dir`` cannot be written.
     """
     sinks: list[Sink] = [ConsoleSink(names=names)]
     if jsonl is not None:
@@ -62,6 +63,33 @@ def standard_sinks(
     return sinks
 
 
+def as_sinks(given: Any) -> tuple[Sink, ...]:
+    """Return the sinks that were given.
+
+    Raises:
+        TypeError: One of them cannot take a report.
+    """
+    sinks = tuple(given) if isinstance(given, Iterable) else (given,)
+    for sink in sinks:
+        if isinstance(sink, type) or not isinstance(sink, Sink):
+            found = f"the class `{sink.__name__}`" if isinstance(sink, type) else f"`{sink!r}`"
+            raise TypeError(
+                f"`sinks`: expected objects with `write(report)` and `close()`, found {found}"
+            )
+    return sinks
+
+
+def as_folder(given: Any) -> str:
+    """Return the path that was given.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if not isinstance(given, str | os.PathLike):
+        raise TypeError(f"`log_dir`: expected the path of a folder, found `{given!r}`")
+    return os.fspath(given)
+
+
 class _OwnTensorBoardSink(TensorBoardSink):
     """A TensorBoard sink whose writer is ours, and so is closed with it."""
 
@@ -70,7 +98,13 @@ class _OwnTensorBoardSink(TensorBoardSink):
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 -- half a second
 
-        self._own = SummaryWriter(os.fspath(log_dir))
+        try:
+            self._own = SummaryWriter(os.fspath(log_dir))
+        except OSError as error:
+            raise ConfigError(
+                f"`log_dir`: `{os.fspath(log_dir)}` cannot be written, {error.strerror or error}: "
+                "name a folder elsewhere"
+            ) from error
         super().__init__(self._own, prefix, scalars)
 
     def close(self) -> None:
