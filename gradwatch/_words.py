@@ -55,6 +55,16 @@ LABELS = {
     Cause.ZERO_GRADIENT: "the gradient becomes zero here",
     Cause.NONFINITE_GRADIENT: "the gradient becomes NaN or infinite here",
 }
+SIGNS = dict.fromkeys(("eq", "ne", "gt", "ge", "lt", "le"), "a comparison") | {
+    "getitem": "an index",
+    "setitem": "a write into integers",
+    "floordiv": "`//`",
+    "and": "`&`",
+    "or": "`|`",
+    "xor": "`^`",
+    "invert": "`~`",
+}
+"""What to call an operation that the source has as a sign: Python calls `lt` for `h > self.limit` too."""
 LABELS_BY_OPERATION = {
     (Cause.NOT_IN_LOSS, "grad"): "the derivative does not depend on it",
 }
@@ -120,6 +130,7 @@ HELPS_BY_OPERATION = {
             "use the tensors themselves, joined by `torch.stack`, in place of {call}, which copies numbers",
         ),
         (Cause.LEFT_TORCH, "bool", "choose with `torch.where`, which keeps the value in the graph"),
+        (Cause.LEFT_TORCH, "int index", "weigh with the value itself, since a count has no derivative, or {freeze}"),
         (Cause.NOT_IN_LOSS, "grad", "add a term of the value itself to the loss, or {freeze}"),
         (Cause.NO_GRAD, "grad", "pass `create_graph=True`, so that the result has a history"),
         (Cause.NON_DIFFERENTIABLE, "argmax argmin multinomial getitem", _SOFT),

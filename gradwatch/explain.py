@@ -9,6 +9,7 @@ Standard library alone, so that reading reports needs no torch.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from difflib import get_close_matches
 from importlib import resources
@@ -137,6 +138,9 @@ def label(diagnosis: Diagnosis) -> str:
     word = _word(diagnosis.operation)
     own = _words.LABELS_BY_OPERATION.get((diagnosis.cause, word))
     text = own or _words.LABELS.get(diagnosis.cause, "")
+    sign = _words.SIGNS.get(word)
+    if sign and not (diagnosis.site and re.search(rf"\b{word}\b", diagnosis.site.source or "")):
+        return text.format(word=sign)
     return text.format(word=f"`{word}`" if word else "this")
 
 
@@ -190,7 +194,8 @@ def help_for(
     """
     template = _words.HELPS_BY_OPERATION.get((cause, _word(operation))) or _words.HELPS.get(cause)
     call = _call(operation) or ("this call" if site else "the call")
-    if cause in _words.HELPS_OUT_OF_SIGHT and not _shows(site, _word(operation)):
+    is_sign = _word(operation) == "bool"  # which `if` and `while` call
+    if cause in _words.HELPS_OUT_OF_SIGHT and not (is_sign or _shows(site, _word(operation))):
         template, call = _words.HELPS_OUT_OF_SIGHT[cause], "this call"
     if template is None:
         return None

@@ -307,7 +307,7 @@ def test_headline_folds():
         (Cause.NO_GRAD, None, "runs with gradient mode off"),
         (Cause.LEFT_TORCH, "torch.Tensor.item", "the value leaves torch here"),
         (Cause.NON_DIFFERENTIABLE, "torch.argmax", "`argmax` has no derivative"),
-        (Cause.NON_DIFFERENTIABLE, "torch.Tensor.__gt__", "`gt` has no derivative"),
+        (Cause.NON_DIFFERENTIABLE, "torch.Tensor.__gt__", "a comparison has no derivative"),
         (Cause.NON_DIFFERENTIABLE, None, "this has no derivative"),
         (Cause.CUSTOM_FUNCTION, None, "no gradient comes back through this Function"),
         (Cause.REENTRANT_CHECKPOINT, None, "no input of the checkpoint requires grad"),
