@@ -54,6 +54,10 @@ class Names:
         }
         return Names(chosen, self.modules, self.aliases)
 
+    def known(self) -> dict[str, tuple[str, ...]]:
+        """Return every parameter's name with its aliases."""
+        return {name: self.aliases.get(name, ()) for name in self.parameters}
+
 
 def checked(model: Any, call: str) -> nn.Module:
     """Return a model, or say what was expected in a call."""

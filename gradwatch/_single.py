@@ -144,7 +144,9 @@ class diagnose:  # noqa: N801 -- reads as a verb: `with diagnose(model) as diagn
     def _reported(self, inspection: Inspection) -> Report:
         statuses = {name: self._judged[name] for name in self._names.parameters}
         judge = Judge((), self._config.contract, self._names.aliases, statuses)
-        if statuses and (unmatched := judge.unmatched()):
+        unmatched = self._config.watch.unmatched(names_of(self._model).known())
+        unmatched += judge.unmatched() if statuses else []
+        if unmatched:
             _log.warning("no parameter matches %s of the configuration", _words.listed(unmatched))
         open_ = {name: status for name, status in statuses.items() if _asks(judge, name, status)}
         return Report(

@@ -130,7 +130,11 @@ HELPS_BY_OPERATION = {
             "use the tensors themselves, joined by `torch.stack`, in place of {call}, which copies numbers",
         ),
         (Cause.LEFT_TORCH, "bool", "choose with `torch.where`, which keeps the value in the graph"),
-        (Cause.LEFT_TORCH, "int index", "weigh with the value itself, since a count has no derivative, or {freeze}"),
+        (
+            Cause.LEFT_TORCH,
+            "int index",
+            "weigh with the value itself, since a count has no derivative, or {freeze}",
+        ),
         (Cause.NOT_IN_LOSS, "grad", "add a term of the value itself to the loss, or {freeze}"),
         (Cause.NO_GRAD, "grad", "pass `create_graph=True`, so that the result has a history"),
         (Cause.NON_DIFFERENTIABLE, "argmax argmin multinomial getitem", _SOFT),

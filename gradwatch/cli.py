@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gradwatch import _findings, _formats
-from gradwatch._words import SUMMARIES
+from gradwatch._words import SUMMARIES, listed
 from gradwatch.errors import CheckError, ConfigError, HistoryError
 from gradwatch.explain import did_you_mean, explain, render
 from gradwatch.report import Cause
@@ -140,7 +140,7 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             choices = re.findall(r"\w+", unknown[2])
             guess = did_you_mean(unknown[1], choices)
-            hint = f"did you mean `{guess}`?" if guess else f"there are {_listed(choices)}"
+            hint = f"did you mean `{guess}`?" if guess else f"there are {listed(choices, None)}"
             option = re.match(r"argument (--[\w-]+)", message)
             what = f"value `{unknown[1]}` of {option[1]}" if option else f"command `{unknown[1]}`"
             message = f"unknown {what}: {hint}"
@@ -339,14 +339,23 @@ def _explain(arguments: argparse.Namespace) -> None:
     if arguments.cause is None:
         _list_causes()
         return
+    # Also as it stands in a finding: `warning[detached]`.
+    word = re.sub(r"^\w*\[(.*)\]$", r"\1", arguments.cause.strip()).lower().replace("-", "_")
     try:
-        page = explain(arguments.cause.strip().lower().replace("-", "_"))
+        page = explain(word)
     except ConfigError as error:
-        raise ConfigError(f"error[usage]: {error}") from None
+        raise ConfigError(f"error[usage]: {_rule_named(word) or error}") from None
     if _is_terminal():
         _show(_rich("markdown").Markdown(page))
     else:
         print(page, end="")
+
+
+def _rule_named(word: str) -> str | None:
+    """Say what a rule's name is, which stands in findings as a cause's does."""
+    if word in {rule.name for rule in importlib.import_module("gradwatch.config").Config().rules}:
+        return f"`{word}` is a rule: it says for how long, and the finding printed with it names the cause"
+    return None
 
 
 def _list_causes() -> None:
@@ -385,9 +394,5 @@ def _config(arguments: argparse.Namespace) -> None:
         dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
         print(json.dumps(dialect | config.Config.model_json_schema(), indent=2))
     else:
-        config.load_config(Path(arguments.file))
+        config.load_config(Path(arguments.file) if arguments.file else "")
         print(f"{arguments.file}: ok")
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join(f"`{word}`" for word in words)

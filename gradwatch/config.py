@@ -58,9 +58,9 @@ def _share(value: object) -> object:
 
 
 Budget = Annotated[
-    float, BeforeValidator(_share, json_schema_input_type=str | float), Field(gt=0, le=1)
+    float, BeforeValidator(_share, json_schema_input_type=str | float), Field(gt=0, lt=1)
 ]
-"""A share of the whole: ``1%``, or 0.01."""
+"""A share of the whole: ``1%``, or 0.01. A plain 1 is refused: it may be meant as either."""
 
 
 class LogConfig(BaseModel):
@@ -80,7 +80,9 @@ class WatchConfig(BaseModel):
     """Which parameters are watched."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    include: Globs = Field(default=("*",), description="Globs over parameter names to watch.")
+    include: Globs = Field(
+        default=("*",), min_length=1, description="Globs over parameter names to watch."
+    )
     exclude: Globs = Field(default=(), description="Globs over parameter names to leave out again.")
 
     def holds(self, name: str, aliases: Collection[str] = ()) -> bool:
@@ -95,6 +97,22 @@ class WatchConfig(BaseModel):
             False
         """
         return matches(self.include, name, aliases) and not matches(self.exclude, name, aliases)
+
+    def unmatched(self, names: Mapping[str, Collection[str]]) -> list[str]:
+        """Return the globs that match no parameter.
+
+        Args:
+            names: Every parameter's name, with its aliases; of a model without any, nothing is said.
+
+        Example:
+            >>> WatchConfig(exclude="techer.*").unmatched({"teacher.weight": ()})
+            ['techer.*']
+        """
+        return [
+            glob
+            for glob in dict.fromkeys((*self.include, *self.exclude) if names else ())
+            if not any(matches((glob,), name, aliases) for name, aliases in names.items())
+        ]
 
 
 class TensorBoardConfig(BaseModel):
@@ -362,6 +380,8 @@ def _is_word(key: yaml.Node) -> bool:
 
 def _read(path: str) -> str:
     """Return the text of a file, or say why there is none."""
+    if not path:
+        raise ConfigError(str(_Mistake("the path of the file is empty")))
     file = Path(path)
     try:
         file = file.expanduser()
@@ -472,6 +492,14 @@ def _across(data: Mapping[str, Any], source: _Source) -> Iterator[_Mistake]:
                 headline = f"`when`{_within(('rules', index), data)} {problem}"
                 note = "it takes one of `norm_above`, `norm_below`, and `status`"
                 yield source.at(("rules", index, "when"), headline, note)
+    contract = data.get("contract")
+    for index, entry in enumerate(contract if isinstance(contract, Collection) else ()):
+        gradient, within = _get(entry, "gradient"), _get(entry, "within")
+        given = isinstance(within, int) and within != ContractEntry.model_fields["within"].default
+        if given and gradient in ("required", "none"):
+            headline = f"`within`{_within(('contract', index), data)} changes nothing"
+            note = f"it belongs to `gradient: intermittent`, and this is `gradient: {gradient}`"
+            yield source.at(("contract", index, "within"), headline, note)
 
 
 def _get(value: object, name: str) -> object:
@@ -482,7 +510,7 @@ _EXPECTED = {
     "finite_number": "a finite number",
     "greater_than": "more than {gt}",
     "greater_than_equal": "at least {ge}",
-    "less_than_equal": "at most {le}",
+    "less_than": "a share of the time, such as 1%",
     "model_attributes_type": "a mapping",
     "model_type": "a mapping",
     "number_type": "a number",

@@ -377,10 +377,16 @@ def read_history(log_dir: str | os.PathLike[str]) -> History:
     Raises:
         HistoryError: There is no such run, there are several, or what is there cannot be read.
     """
+    folder = Path(log_dir)
+    if not folder.is_dir():
+        kind = "is a file: name its folder" if folder.exists() else "does not exist"
+        raise HistoryError(f"expected the folder of a run, and `{folder}` {kind}")
     runs = histories(log_dir)
     if not runs:
+        files = any(folder.rglob("*tfevents*"))
+        what = "its event files hold none" if files else "it holds no event file"
         raise HistoryError(
-            f"no history of GradWatch below {os.fspath(log_dir)}: it is written by runs with a "
+            f"no history of GradWatch below `{folder}`, {what}: it is written by runs with a "
             "TensorBoard logger, or with `log_dir=`"
         )
     if len(runs) > 1:

@@ -75,7 +75,7 @@ def assert_gradients(
         AssertionError: A gradient is missing or not finite, or the contract is broken; the message is the
             diagnosis.
         ConfigError: The contract cannot be used. It is a ``ValueError`` too.
-        TypeError: The model is no module, or the loss no tensor.
+        TypeError: The model is no module, ``loss_fn`` no function, or the loss no tensor.
         ValueError: The loss has several elements, or ``seeds`` is not a whole number of at least 1.
 
     Cost:
@@ -94,6 +94,7 @@ def assert_gradients(
     """
     __tracebackhide__ = True
     checked(model, "assert_gradients(model, ...)")
+    _check_function(loss_fn)
     _check_seeds(seeds)
     verdict = _Verdict(model, contract)
     verdict.run(loss_fn, batch)
@@ -272,6 +273,15 @@ def entries_of(contract: Contract) -> tuple[ContractEntry, ...]:
 
 
 # --- running, and leaving all as it was ----------------------------------------------------------------
+
+
+def _check_function(loss_fn: object) -> None:
+    __tracebackhide__ = True
+    if not callable(loss_fn):
+        found = type(loss_fn).__name__
+        raise TypeError(
+            f"`assert_gradients(model, loss_fn)`: expected a function that returns the loss, found `{found}`"
+        )
 
 
 def _check_seeds(seeds: Any) -> None:

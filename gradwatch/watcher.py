@@ -529,7 +529,13 @@ class Watcher:
             self.config.rules, self.config.contract, self._names.aliases, self._names.parameters
         )
         self._judge.load_state_dict(self._saved.get("judge", {}))
-        unmatched = self._judge.unmatched() if self._writes and self._names.parameters else []
+        if self._writes:
+            self._say_unmatched(self._judge)
+
+    def _say_unmatched(self, judge: Judge) -> None:
+        """Say which globs of the configuration match nothing, so that they do nothing."""
+        unmatched = self.config.watch.unmatched(names_of(self._model).known())
+        unmatched += judge.unmatched() if self._names.parameters else []
         if unmatched:
             _log.warning("no parameter matches %s of the configuration", _words.listed(unmatched))
 

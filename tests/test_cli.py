@@ -109,7 +109,7 @@ def test_unknown_command(capsys) -> None:
 
 def test_unknown_command_without_a_neighbour(capsys) -> None:
     """A command that is like none lists those that there are."""
-    assert "there are `explain` and `config`" in said(capsys, "zzz")[2]
+    assert "there are `explain`, `config`, `report`, and `check`" in said(capsys, "zzz")[2]
 
 
 def test_unknown_option(capsys) -> None:
@@ -145,9 +145,12 @@ def test_explain(capsys, cause: Cause) -> None:
     assert said(capsys, "explain", cause) == (0, explain.explain(cause), "")
 
 
-@pytest.mark.parametrize("spelling", ["not_in_loss", "not-in-loss", "Not_In_Loss", " not_in_loss "])
+@pytest.mark.parametrize(
+    "spelling",
+    ["not_in_loss", "not-in-loss", "Not_In_Loss", " not_in_loss ", "warning[not_in_loss]"],
+)
 def test_explain_spellings(capsys, spelling: str) -> None:
-    """Case and hyphens do not matter in the name of a cause."""
+    """Case and hyphens do not matter in the name of a cause, nor what stands around it in a finding."""
     assert said(capsys, "explain", spelling)[1].startswith("# not_in_loss\n")
 
 
@@ -159,6 +162,15 @@ def test_explain_lists(capsys) -> None:
     assert (status, err) == (0, "")
     assert [line.split()[0] for line in lines] == list(Cause)
     assert all(re.fullmatch(r"\w+  +[A-Z`].*\.", line) for line in lines)
+
+
+def test_explain_a_rule(capsys) -> None:
+    """The name of a rule is told apart from that of a cause."""
+    assert main(["explain", "disconnected"]) == 2
+    assert capsys.readouterr().err == (
+        "error[usage]: `disconnected` is a rule: it says for how long, and the finding printed with it names "
+        "the cause\n"
+    )
 
 
 def test_explain_unknown(capsys) -> None:

@@ -282,6 +282,22 @@ def test_mapping_shows_paths():
           = help: did you mean `for_steps`?""")
 
 
+def test_what_would_change_nothing_is_a_mistake():
+    """``within`` without ``intermittent``, a list that watches nothing, and a whole as a budget are refused."""
+    entry = {"parameters": "*", "gradient": "none", "within": 5}
+    meant = entry | {"gradient": "intermittent"}
+
+    assert headlines({"contract": [entry]}) == ["`within` in contract entry 1 changes nothing"]
+    assert load_config({"contract": [meant]}).contract[0].within == 5
+    assert headlines({"watch": {"include": []}}) == [
+        "`include` in `watch` is a list, expected at least one glob"
+    ]
+    for whole in (1, "100%"):
+        assert headlines({"budget": whole}) == [
+            f"`budget` is `{whole}`, expected a share of the time, such as 1%"
+        ]
+
+
 def test_duplicate_key_shows_both_places():
     """A key that stands twice is shown at the second place, with that of the first."""
     assert complaint(write("log: {}\ntrace: auto\nlog: {jsonl: a}\n")) == dedent("""\

@@ -238,8 +238,17 @@ def test_what_came_after_the_checkpoint_that_was_resumed_is_forgotten():
 
 def test_folders_without_a_run_or_with_several_are_told_apart(tmp_path: Path):
     """One clear error says what is there and what to name."""
-    with pytest.raises(HistoryError, match="no history of GradWatch below"):
+    with pytest.raises(HistoryError, match=r"no history of GradWatch below .* no event file"):
         read_history(tmp_path)
+    with pytest.raises(HistoryError, match=r"folder of a run, and `.*nowhere` does not exist"):
+        read_history(tmp_path / "nowhere")
+    (tmp_path / "others").mkdir()
+    events = tmp_path / "others" / "events.out.tfevents.1"
+    events.touch()
+    with pytest.raises(HistoryError, match=r"folder of a run, and `.*` is a file: name its folder"):
+        read_history(events)
+    with pytest.raises(HistoryError, match="its event files hold none"):
+        read_history(tmp_path / "others")
     for name in ("one", "two"):
         run(tmp_path / name, 1)
     with pytest.raises(HistoryError, match=r"several runs below .*, name one: one, two"):

@@ -389,10 +389,12 @@ def test_seeds_mistake(seeds):
         assert_gradients(Healthy(), Healthy().loss, X, seeds=seeds)
 
 
-def test_model_mistake():
-    """What is no module is named."""
+def test_argument_mistake():
+    """What is no module, and a loss in place of its function, is named."""
     with pytest.raises(TypeError, match=r"`assert_gradients\(model, ...\)`: expected a `torch.nn"):
         assert_gradients("model", torch.sum, X)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"a function that returns the loss, found `Tensor`"):
+        assert_gradients(Healthy(), Healthy().loss(X))
 
 
 def test_failure_of_ours(monkeypatch, caplog):

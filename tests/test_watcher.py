@@ -563,14 +563,15 @@ def test_what_comes_and_goes_is_said_once():
 
 
 def test_globs_that_match_nothing_are_named_once(caplog: pytest.LogCaptureFixture):
-    """A glob of the contract or a rule that no parameter matches is one log record."""
+    """A glob that no parameter matches, of the contract, a rule or what is watched, is in one log record."""
     contract = [{"parameters": ["teecher.*", "*"], "gradient": "required"}]
+    watch = {"include": ["*", "haed.*"], "exclude": "frozn.*"}
 
-    with Run(Healthy(), {"contract": contract, "rules": []}) as run:
+    with Run(Healthy(), {"contract": contract, "rules": [], "watch": watch}) as run:
         run.step()
 
     assert [record.getMessage() for record in caplog.records] == [
-        "no parameter matches `teecher.*` of the configuration"
+        "no parameter matches `haed.*`, `frozn.*`, and `teecher.*` of the configuration"
     ]
 
 
