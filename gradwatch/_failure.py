@@ -128,6 +128,24 @@ def entries(error: Exception) -> Iterator[TracebackType]:
         traceback = traceback.tb_next
 
 
+def hide_own(error: Exception) -> None:
+    """Take the lines of the trace itself out of a traceback, which would stand between the user's."""
+    kept: TracebackType | None = None
+    for entry in tuple(entries(error)):
+        if kept is None or not _is_own(entry):
+            kept = entry
+        else:
+            kept.tb_next = entry.tb_next
+
+
+def _is_own(entry: TracebackType) -> bool:
+    """Tell whether a line is one of the trace's, or the one of torch's that calls it."""
+    room = entry.tb_frame.f_globals.get("__name__")
+    if room == "torch.overrides":
+        return entry.tb_next is not None and _is_own(entry.tb_next)
+    return room == "gradwatch._trace"
+
+
 def users_own(error: Exception) -> list[_frames.Place]:
     """Return the user's own lines that an error passed, the outermost first."""
     return [

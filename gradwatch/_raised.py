@@ -26,6 +26,7 @@ from gradwatch._failure import (
     before_torch,
     begun_at,
     entries,
+    hide_own,
     last_of_user,
     line_at,
     line_of,
@@ -78,6 +79,7 @@ def add_note(
         return
     try:
         note = _note(error, inspection, model, known)
+        hide_own(error)
     except Exception as failure:  # noqa: BLE001 -- ours, never the user's problem
         _log.warning("an error could not be explained", exc_info=failure)
         return

@@ -495,8 +495,8 @@ def _across(data: Mapping[str, Any], source: _Source) -> Iterator[_Mistake]:
     contract = data.get("contract")
     for index, entry in enumerate(contract if isinstance(contract, Collection) else ()):
         gradient, within = _get(entry, "gradient"), _get(entry, "within")
-        given = isinstance(within, int) and within != ContractEntry.model_fields["within"].default
-        if given and gradient in ("required", "none"):
+        is_set = isinstance(within, int) and within != ContractEntry.model_fields["within"].default
+        if is_set and gradient in ("required", "none"):
             headline = f"`within`{_within(('contract', index), data)} changes nothing"
             note = f"it belongs to `gradient: intermittent`, and this is `gradient: {gradient}`"
             yield source.at(("contract", index, "within"), headline, note)

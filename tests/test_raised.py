@@ -2559,3 +2559,36 @@ def test_nested_diagnoses_add_one_note():
         model(torch.ones(2, 3)).backward()
 
     assert len(caught.value.__notes__) == 1
+
+
+class Mismatched(Net):
+    """The error of an operation that has nothing to do with gradients."""
+
+    def forward(self, x):
+        h = self.enc(x)
+        return torch.cat([h, h.reshape(-1)]).sum()
+
+
+class Overwriting(Net):
+    """The error of a backward pass."""
+
+    def forward(self, x):
+        h = self.enc(x).sigmoid()
+        h += 1
+        return self.head(h).sum()
+
+
+@pytest.mark.parametrize("kind", [Mismatched, Overwriting])
+def test_no_line_of_ours_stands_in_a_traceback(kind):
+    """The lines that an error has passed are those that it passes without GradWatch."""
+
+    def passed(around):
+        model = kind()
+        with pytest.raises(RuntimeError) as caught, around(model):
+            model.run(torch.ones(2, 3))
+        lines = [(entry.path, entry.frame.code.name) for entry in caught.traceback]
+        # In a traced step `Tensor.backward` calls itself by way of the trace, and a module its hooks.
+        once = [line for at, line in enumerate(lines) if line not in lines[:at]]
+        return [line for line in once if line[1] != "inner"]
+
+    assert passed(diagnose) == passed(lambda model: contextlib.nullcontext())
