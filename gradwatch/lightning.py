@@ -162,6 +162,10 @@ class GradWatch(_Bases):
         """Return counters and streaks as plain values, for a checkpoint."""
         return dict(self._state) if self._watcher is None else self._watcher.state_dict()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the run that is watched out of copies, as it holds hooks and files."""
+        return self.__dict__ | {"_state": self.state_dict(), "_watcher": None}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the counters and streaks of a checkpoint."""
         self._state = dict(state_dict)

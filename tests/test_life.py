@@ -20,6 +20,7 @@ from pytorch_lightning.callbacks import (
     StochasticWeightAveraging,
     Timer,
 )
+from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -185,6 +186,25 @@ def test_a_callback_is_pickled_for_spawned_processes():
     copy = pickle.loads(pickle.dumps(callback))  # noqa: S301 -- what ddp_spawn does
 
     assert (copy.config, copy.state_key) == (callback.config, "GradWatch:a")
+
+
+def test_a_callback_is_copied_in_a_run_without_the_run(tmp_path: Path):
+    """A copy made in the middle of a run has the configuration and the counters, and no hook or file."""
+    copies: list[GradWatch] = []
+
+    class Copies(Callback):
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            copies.append(pickle.loads(pickle.dumps(watch)))  # noqa: S301 -- our own
+
+    watch = GradWatch(every_n_steps=1, name="a")
+    logger = TensorBoardLogger(tmp_path)
+    Trainer(**QUIET | {"logger": logger}, callbacks=[watch, Copies()]).fit(
+        Lit(), DataLoader(torch.ones(6, 4), batch_size=2)
+    )
+
+    assert [c.state_dict()["steps"] for c in copies] == [1, 2, 3]
+    assert {(c.config, c.state_key) for c in copies} == {(watch.config, "GradWatch:a")}
+    assert [c.report.statuses for c in copies] == [{}, {}, {}]
 
 
 class StepsInBackward(Lit):
