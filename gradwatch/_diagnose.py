@@ -102,6 +102,10 @@ class Inspection(BackwardListener):
         self.sizes = sizes
         self.sensor = Sensor(self.parameters, each=True)
         self._on_step = on_step
+        self._steps: list[tuple[frozenset[str], int]] = []
+        """What each optimizer step wrote, and the number of backward passes before it."""
+        self._followed: dict[tuple[int, ...], dict[str, list[Cut]]] = {}
+        """What was followed from some of the losses alone, while parameters are explained."""
         self.unseen: frozenset[str] = frozenset()
         """Names of those whose gradients an optimizer takes away before backward ends."""
 
@@ -153,6 +157,7 @@ class Inspection(BackwardListener):
 
     def before_step(self, written: frozenset[str]) -> None:
         """Hand on that an optimizer is about to write."""
+        self._steps.append((written, len(self.trace.backwards)))
         if self.trace.in_backward:
             self.unseen |= written  # the optimizer steps and empties `.grad` inside of backward
         elif self._on_step is not None:
@@ -211,6 +216,7 @@ class Inspection(BackwardListener):
         flow = follow(self.trace, missing, self._starts())
         if self._link_exits(flow, missing):
             flow = follow(self.trace, missing, self._starts())
+        self._followed.clear()
         arrived = self.sensor.arrived
         reached = set[int]().union(*(passed.reached for passed in self.passes))
         return {
@@ -227,6 +233,30 @@ class Inspection(BackwardListener):
         """Return the values that the backward passes started from, those that fill ``.grad`` where there are any."""
         passes = [backward for backward in self.trace.backwards if backward.accumulates]
         return [root for backward in passes or self.trace.backwards for root in backward.roots]
+
+    def _own_backwards(self, name: str) -> list[Backward]:
+        """Return the backward passes between the step of another optimizer and that of its own."""
+        begin = 0
+        for written, end in self._steps:
+            own = [passed for passed in self.trace.backwards[begin:end] if passed.accumulates]
+            if own and name in written:
+                return own
+            begin = end
+        return [passed for passed in self.trace.backwards[begin:] if passed.accumulates]
+
+    def _cuts(self, name: str, flow: Flow) -> list[Cut]:
+        """Return the cuts of a parameter: those from the loss that its optimizer lowers come first."""
+        cuts = flow.cuts.get(name, [])
+        own = self._own_backwards(name) if len(cuts) > 1 else []
+        if not own:
+            return cuts
+        roots = tuple(root for backward in own for root in backward.roots)
+        if roots not in self._followed:
+            missing = tuple(flow.cuts)
+            self._followed[roots] = follow(self.trace, missing, roots).cuts
+        first = self._followed[roots].get(name, [])
+        named = {cut.op.index for cut in first}
+        return [*first, *(cut for cut in cuts if cut.op.index not in named)]
 
     def _link_exits(self, flow: Flow, missing: list[str]) -> bool:
         """Join operations to the values that came to them through Python, as the text shows."""
@@ -358,7 +388,7 @@ class Inspection(BackwardListener):
         return self._at(Cause.NOT_IN_LOSS if dropped else Cause.NON_DIFFERENTIABLE, last)
 
     def _cut(self, name: str, flow: Flow) -> Finding | None:
-        cuts = flow.cuts.get(name)
+        cuts = self._cuts(name, flow)
         if not cuts:
             return None
         first = self._judge(cuts[0])

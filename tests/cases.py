@@ -1570,6 +1570,41 @@ class ThawedAfterOnePass(FrozenForOnePass):
         return h, other
 
 
+class GanWithTheCriticFirst(Case):
+    """Of two cuts the one on the way to the loss that the own optimizer lowers is named."""
+
+    expect = {"detached": ENC}
+    critic_first = True
+
+    def forward(self, x):
+        return x
+
+    def backward(self, loss):
+        steps = [self.critic_step, self.generator_step]
+        for step in steps if self.critic_first else steps[::-1]:
+            step(loss)
+
+    def critic_step(self, x):
+        self.head(self.enc(x).detach()).mean().backward()
+        torch.optim.SGD(self.head.parameters(), 0.1).step()
+
+    def generator_step(self, x):
+        h = self.enc(x).detach()  # <- here
+        self.head(h).relu().mean().mul(2).backward()
+        torch.optim.SGD(self.enc.parameters(), 0.1).step()
+
+
+class GanWithTheGeneratorFirst(GanWithTheCriticFirst):
+    """The same in the other order."""
+
+    critic_first = False
+
+    def generator_step(self, x):
+        h = self.enc(x).detach()  # <- here
+        self.head(h).relu().mean().mul(2).backward()
+        torch.optim.SGD(self.enc.parameters(), 0.1).step()
+
+
 class SampledWithANumberForItsWidth(Case):
     """The width is made as large as the mean, and comes from it no more than that."""
 

@@ -198,9 +198,8 @@ def test_a_callback_is_copied_in_a_run_without_the_run(tmp_path: Path):
 
     watch = GradWatch(every_n_steps=1, name="a")
     logger = TensorBoardLogger(tmp_path)
-    Trainer(**QUIET | {"logger": logger}, callbacks=[watch, Copies()]).fit(
-        Lit(), DataLoader(torch.ones(6, 4), batch_size=2)
-    )
+    data: Any = DataLoader(torch.ones(6, 4), batch_size=2)  # type: ignore[arg-type]
+    Trainer(**QUIET | {"logger": logger}, callbacks=[watch, Copies()]).fit(Lit(), data)
 
     assert [c.state_dict()["steps"] for c in copies] == [1, 2, 3]
     assert {(c.config, c.state_key) for c in copies} == {(watch.config, "GradWatch:a")}
