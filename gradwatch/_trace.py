@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import sys
 import threading
 import warnings
@@ -82,6 +83,8 @@ _eager = 0
 _stance = ExitStack()
 _log = logging.getLogger("gradwatch")
 _is_grad_enabled, _places = torch.is_grad_enabled, _frames.PLACES
+_entered: weakref.WeakSet[_Mode] = weakref.WeakSet()
+"""The modes that record in this process."""
 _TAKEN_OUT = frozenset(
     [
         "__iter__",
@@ -228,6 +231,8 @@ class Trace(Record):
     def start(self) -> None:
         """Begin to record; the mode is the innermost one from here on."""
         self.batches.append(len(self.ops))
+        _entered.add(self._mode)
+        self._inside.callback(_entered.discard, self._mode)
         self._inside.enter_context(_eager_regions())
         self._inside.enter_context(self._mode)
         for handle in (
@@ -1075,6 +1080,12 @@ class _Mode(TorchFunctionMode):
         super().__init__()
         self._trace = weakref.ref(trace)
 
+    def forget(self) -> None:
+        """Let the trace record no more."""
+        trace = self._trace()
+        if trace is not None:
+            trace.recording = False
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         __tracebackhide__ = True
@@ -1086,6 +1097,16 @@ class _Mode(TorchFunctionMode):
                 return trace.backward_unrecorded(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
         return trace.called(func, args, kwargs or _NO_KEYWORDS)
+
+
+def _forget_the_parent() -> None:
+    """Record nothing in a process that was forked in a pass, such as a loader's worker: it would never end."""
+    for mode in _entered:
+        mode.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_the_parent)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 
 import pytest
@@ -44,6 +45,28 @@ def test_operations_are_recorded_in_order_with_what_they_read():
     assert names(trace) == ["linear", "mul", "sum"]
     assert [op.inputs for op in trace.ops[1:]] == [trace.ops[0].outputs, trace.ops[1].outputs]
     assert [trace.values[n].parameter for n in trace.ops[0].inputs] == [None, "weight", "bias"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are never forked here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
+def test_a_process_that_is_forked_in_a_pass_records_nothing():
+    """What a worker of a data loader computes is no part of the pass, in which its parent goes on."""
+    model = nn.Linear(2, 1)
+
+    def run():
+        child = os.fork()
+        _ = ROW + 1
+        if not child:
+            os._exit(len(trace.ops))
+        counts.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    counts: list[int] = []
+    trace = Trace(dict(model.named_parameters()), {})
+    trace.start()
+    run()
+    trace.stop()
+
+    assert (counts, names(trace)) == ([0], ["add"])
 
 
 def test_attributes_and_shapes_are_no_operations():
