@@ -11,10 +11,13 @@ import unicodedata
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from gradwatch._words import printable, shown_path
+from gradwatch._words import WIDEST, printable, shortened, shown_path
 
 if TYPE_CHECKING:
     from gradwatch.report import Site
+
+_BEFORE = 40
+"""Characters of a very long line that are shown before the expression."""
 
 
 def location(site: Site, module: str | None) -> str:
@@ -29,7 +32,7 @@ def location(site: Site, module: str | None) -> str:
 def inside(site: Site) -> str:
     text = f"it happens inside this call, at {location(site, None)}"
     source = (site.source or "").strip()
-    return f"{text}: `{printable(source)}`" if source else text
+    return f"{text}: `{printable(shortened(source))}`" if source else text
 
 
 def snippet(site: Site, label: str, width: int) -> list[str]:
@@ -37,7 +40,7 @@ def snippet(site: Site, label: str, width: int) -> list[str]:
     source = (site.source or "").rstrip()
     if not source:
         return []
-    begin, end = _span(site, source)
+    source, begin, end = _cropped(source, *_span(site, source))
     cells = [_cell(char) for char in source]
     shown = "".join(text for text, _ in cells)
     margin = " " * sum(size for _, size in cells[:begin])
@@ -56,6 +59,17 @@ def _span(site: Site, source: str) -> tuple[int, int]:
     if goes_on or site.column is None or site.end_column is None:
         return begin, max(begin + 1, _code_end(source))
     return begin, max(begin + 1, site.end_column)
+
+
+def _cropped(source: str, begin: int, end: int) -> tuple[str, int, int]:
+    """Return the part of a very long line around the columns to underline, and these columns in it."""
+    if len(source) <= WIDEST:
+        return source, begin, end
+    left = max(0, min(begin - _BEFORE, len(source) - WIDEST))
+    right = left + WIDEST
+    head, tail = "..." * (left > 0), "..." * (right < len(source))
+    moved = len(head) - left
+    return f"{head}{source[left:right]}{tail}", begin + moved, min(end, right) + moved
 
 
 def _code_end(source: str) -> int:

@@ -31,6 +31,8 @@ VERBS = {
         "got a gradient with NaN or infinity",
     ),
 }
+WIDEST = 160
+"""Characters of a line of source that are shown at most."""
 IN_NO_OPTIMIZER = ("is in no optimizer", "are in no optimizer")
 FROZEN_SINCE = "what it was about is frozen now"
 """Note of a diagnosis that ended because its parameters want no gradient any more."""
@@ -246,9 +248,14 @@ def place(site: Site) -> str:
         >>> place(Site("net.py", 3, source="    x = x.detach()"))
         'net.py:3: `x = x.detach()`'
     """
-    text = printable((site.source or "").strip())
+    text = printable(shortened((site.source or "").strip()))
     where = f"{printable(shown_path(site.file))}:{site.line}"
     return f"{where}: `{text}`" if text else where
+
+
+def shortened(text: str) -> str:
+    """Return a line of source, of which the end is left out where it is very long."""
+    return text if len(text) <= WIDEST else f"{text[:WIDEST]}..."
 
 
 def shown_path(file: str) -> str:

@@ -326,6 +326,22 @@ def test_label(cause, operation, label):
     assert marked == f"   |             {'^' * 21} {label}".rstrip()
 
 
+@pytest.mark.parametrize("before", [10, 300, 1000])
+def test_a_very_long_line_is_shown_around_the_expression(before):
+    """Of a line as long as a page the part with the expression is shown, the carets under it."""
+    source = f"f({'a' * before}.detach(){'b' * 400})"
+    end = 2 + before + len(".detach()")
+
+    def marked(column):
+        site = Site("net.py", 7, column=column, end_column=end, source=source)
+        line, carets = render(replace(DETACHED, site=site)).splitlines()[3:5]
+        assert len(line) <= len("7 | ") + 160 + len("......")
+        return line[carets.index("^") : carets.rindex("^") + 1]
+
+    assert marked(2 + before) == ".detach()"
+    assert marked(2).startswith("aaa")
+
+
 def test_notes_of_several_lines():
     """The further lines of a note are indented, and nothing in it reaches the terminal raw."""
     found = plain(notes=("one\n\x1btwo",))
