@@ -919,9 +919,10 @@ class Watcher:
         self._ledger.add(found)
         self._plan(facts)
         alerts += self._term_alerts(self._steps)
-        if not (logged or alerts or healed or found):
+        tells = bool(logged or alerts or healed or found)
+        if not (tells or self._inspection is not None):
             return None
-        return Report(
+        report = Report(
             step=self._steps,
             optimizer=self._owners.position(optimizer),
             logged=logged,
@@ -936,6 +937,10 @@ class Watcher:
             cost=self._cost.share,
             terms=dict(self._terms),
         )
+        if not tells:  # it is for whoever asks, and no news
+            self.report = report
+            return None
+        return report
 
     @property
     def _is_logged(self) -> bool:

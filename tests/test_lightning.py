@@ -130,12 +130,13 @@ def guilty_line(owner: Any) -> int:
 
 
 def test_healthy_model_stays_silent(pl: Any, capsys: pytest.CaptureFixture[str]):
-    """A run in which every parameter trains has no diagnosis, and nothing is printed."""
+    """A run in which every parameter trains has no diagnosis, prints nothing, and can be asked how it went."""
     callback = GradWatch()
-    fit(pl, made(pl, Net, "left", "right"), callback)
+    model = made(pl, Net, "left", "right")
+    fit(pl, model, callback)
 
-    assert callback.diagnoses == ()
-    assert callback.report == Report(step=0)
+    assert (callback.diagnoses, callback.report.diagnoses, callback.report.alerts) == ((), (), ())
+    assert callback.report.statuses == {name: Status.OK for name, _ in model.named_parameters()}
     assert capsys.readouterr().err == ""
 
 
