@@ -21,7 +21,7 @@ from gradwatch._calls import Kind, Wrapper
 from gradwatch._flow import Cut, Flow, follow
 from gradwatch._graph import Origin, Passed, walk, watched_backward
 from gradwatch._marks import Marks, Use
-from gradwatch._record import Backward, Op, hooks_of, label_of
+from gradwatch._record import Backward, Op, Unregistered, hooks_of, label_of, unregistered
 from gradwatch._source import (
     Statement,
     assignments,
@@ -138,6 +138,11 @@ class Inspection(BackwardListener):
         """Names of those that hold a gradient of this step, from a backward pass or by hand."""
         return (self.sensor.arrived | self.trace.assigned) - self.trace.clearings.keys()
 
+    @property
+    def reached(self) -> set[int]:
+        """The ``id`` of each leaf that the losses' graphs lead to."""
+        return set[int]().union(*(passed.reached for passed in self.passes))
+
     @contextmanager
     def around_backward(self, roots: list[Tensor]) -> Iterator[None]:
         """Watch one backward pass."""
@@ -218,7 +223,7 @@ class Inspection(BackwardListener):
             flow = follow(self.trace, missing, self._starts())
         self._followed.clear()
         arrived = self.sensor.arrived
-        reached = set[int]().union(*(passed.reached for passed in self.passes))
+        reached = self.reached
         return {
             name: self._cleared(name)
             if name in arrived
@@ -783,6 +788,41 @@ def not_in_optimizer(
         notes.append(_words.made_in(code.co_name, site))
     findings = {name: Finding(Cause.NOT_IN_OPTIMIZER, notes=tuple(notes)) for name in names}
     return grouped(findings, statuses, step, {}, tuple(statuses))
+
+
+def not_registered(
+    model: nn.Module, chosen: Callable[[Tensor], bool], step: int
+) -> tuple[Diagnosis, ...]:
+    """Return a diagnosis for each attribute that keeps parameters out of the sight of ``parameters()``.
+
+    Args:
+        model: The model.
+        chosen: Whether a parameter is meant, of those that the model does not register.
+        step: Number of the step.
+    """
+    held: dict[tuple[type, str], list[Unregistered]] = {}
+    for found in unregistered(model):
+        if chosen(found.parameter):
+            held.setdefault((found.holder, found.attribute), []).append(found)
+    return tuple(
+        Diagnosis(
+            severity=Severity.WARNING,
+            cause=Cause.NOT_IN_OPTIMIZER,
+            status=Status.OK,
+            parameters=tuple(found.path for found in several),
+            notes=(not_looked_into(several[0]),),
+            help=_words.register(several[0].kind.__name__),
+            step=step,
+        )
+        for several in held.values()
+    )
+
+
+def not_looked_into(found: Unregistered) -> str:
+    """Say which attribute hides a parameter from ``parameters()``, and where it is set."""
+    kept = keepings(found.holder, found.attribute)
+    site = Site(kept[0].file, kept[0].line, source=kept[0].text) if kept else None
+    return _words.not_registered(f"{found.holder.__name__}.{found.attribute}", site)
 
 
 def undetermined(statuses: Mapping[str, Status], step: int) -> tuple[Diagnosis, ...]:

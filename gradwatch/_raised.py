@@ -20,6 +20,7 @@ from torch.autograd.function import BackwardCFunction
 
 from gradwatch import _frames, _source, _words, explain
 from gradwatch._calls import Kind, Wrapper
+from gradwatch._diagnose import not_looked_into
 from gradwatch._failure import (
     Raised,
     at,
@@ -39,7 +40,16 @@ from gradwatch._failure import (
     users_own,
 )
 from gradwatch._overwrites import culprit, stem
-from gradwatch._record import MADE, held_by, hooks_of, keepers_in, memory_of, node_of, result_of
+from gradwatch._record import (
+    MADE,
+    held_by,
+    hooks_of,
+    keepers_in,
+    memory_of,
+    node_of,
+    result_of,
+    unregistered,
+)
 from gradwatch._unread import settings
 from gradwatch.report import Cause, Diagnosis, Site, Status
 
@@ -98,6 +108,8 @@ def _note(
         missing = [d for d in known if d.status is Status.MISSING]
         said = [explain.render(diagnosis) for diagnosis in missing]
         return "\n\n".join([_words.error_note("ddp", None), *said]) if missing else None
+    if "optimizer got an empty parameter list" in message:
+        return _nothing_registered(model)
     for words, find in _KINDS:
         if words in message:
             if inspection is not None:
@@ -106,6 +118,15 @@ def _note(
                 return _none_untraced(error, known)
             return None if find is _number_for_a_loss else _untraced(error, model, find)
     return None
+
+
+def _nothing_registered(model: nn.Module) -> str | None:
+    """Explain a model without parameters by those that it hides."""
+    found = next(unregistered(model), None)
+    if found is None or next(model.parameters(), None) is not None:
+        return None
+    advice = _words.register(found.kind.__name__)
+    return _words.error_note("empty_list", None, not_looked_into(found), advice)
 
 
 def _none_untraced(error: Exception, known: tuple[Diagnosis, ...]) -> str | None:

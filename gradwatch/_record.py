@@ -334,6 +334,57 @@ def _keeping(
                     yield cls, name, name
 
 
+@dataclass(frozen=True, slots=True)
+class Unregistered:
+    """A parameter that a model holds where ``parameters()`` does not look."""
+
+    path: str
+    """The way to it from the model, such as ``layers[0].weight``."""
+    holder: type
+    """The class of the module that holds it."""
+    attribute: str
+    kind: type
+    """What the attribute is: a list, say."""
+    parameter: Tensor
+
+
+def unregistered(model: torch.nn.Module) -> Iterator[Unregistered]:
+    """Yield the parameters in a model's plain lists, dicts, and objects of the user's.
+
+    A module or a tensor that an attribute holds by itself was put past the registration on purpose.
+    """
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for name, value in held_by(module):
+            if not isinstance(value, (Tensor, torch.nn.Module)):
+                for inner, parameter in _parameters_in(name, value, _DEEP, seen):
+                    whole = f"{path}.{inner}" if path else inner
+                    yield Unregistered(whole, type(module), name, type(value), parameter)
+
+
+def _parameters_in(
+    path: str, value: Any, depth: int, seen: set[int]
+) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, torch.nn.Parameter):
+        yield path, value
+    elif isinstance(value, torch.nn.Module):
+        yield from ((f"{path}.{name}", p) for name, p in value.named_parameters())
+    elif depth and _is_new(value, seen):
+        for inner, item in islice(_parts_of(path, value), _MOST_ITEMS):
+            yield from _parameters_in(inner, item, depth - 1, seen)
+
+
+def _parts_of(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what a container or an object of the user's holds, and the way to it."""
+    if isinstance(value, dict):
+        yield from ((f"{path}[{key!r}]", item) for key, item in value.items())
+    elif isinstance(value, (list, tuple, deque)):
+        yield from ((f"{path}[{place}]", item) for place, item in enumerate(value))
+    elif _is_looked_into(type(value)):  # type: ignore[arg-type]
+        held = getattr(value, "__dict__", {})
+        yield from ((f"{path}.{name}", item) for name, item in held.items())
+
+
 def _items_in(value: Any, seen: set[int]) -> Iterator[Any]:
     if isinstance(value, dict):
         inner: Iterable[Any] = value.values()

@@ -253,6 +253,39 @@ def place(site: Site) -> str:
     return f"{where}: `{text}`" if text else where
 
 
+_REGISTERED = {
+    "list": "`nn.ModuleList` or `nn.ParameterList`",
+    "tuple": "`nn.ModuleList` or `nn.ParameterList`",
+    "dict": "`nn.ModuleDict` or `nn.ParameterDict`",
+}
+
+
+def register(kind: str) -> str:
+    """Say how the parameters in an attribute of a kind are registered.
+
+    Example:
+        >>> register("list")
+        'use `nn.ModuleList` or `nn.ParameterList` in place of the list'
+        >>> register("Encoder")
+        'make `Encoder` an `nn.Module`'
+    """
+    if kind in _REGISTERED:
+        return f"use {_REGISTERED[kind]} in place of the {kind}"
+    return f"make `{printable(kind)}` an `nn.Module`"
+
+
+def not_registered(attribute: str, kept: Site | None) -> str:
+    """Say that an attribute hides parameters, and where it is set.
+
+    Example:
+        >>> not_registered("Net.layers", Site("net.py", 3, source="self.layers = [a, b]"))
+        '`Net.layers` is not registered, `parameters()` does not look into it: net.py:3: `self.layers = [a, b]`'
+    """
+    where = f": {place(kept)}" if kept else ""
+    attribute = printable(attribute)
+    return f"`{attribute}` is not registered, `parameters()` does not look into it{where}"
+
+
 def shortened(text: str) -> str:
     """Return a line of source, of which the end is left out where it is very long."""
     return text if len(text) <= WIDEST else f"{text[:WIDEST]}..."
@@ -409,6 +442,10 @@ ERRORS = {
     "untraced": (
         "this step was not traced, so that the line at the root is not known",
         "run the step inside of `with gradwatch.diagnose(model):` to find it",
+    ),
+    "empty_list": (
+        "the model registers no parameter: {1}",
+        "{2}",
     ),
     "no_parameters": (
         "the model has no parameters, so the loss has no history",

@@ -28,7 +28,13 @@ from torch.optim.optimizer import (
 
 from gradwatch import _words, explain
 from gradwatch._cost import Cost
-from gradwatch._diagnose import Finding, Inspection, not_in_optimizer, undetermined
+from gradwatch._diagnose import (
+    Finding,
+    Inspection,
+    not_in_optimizer,
+    not_registered,
+    undetermined,
+)
 from gradwatch._distributed import Exchange, Group, is_flattened
 from gradwatch._ledger import Facts, Ledger
 from gradwatch._names import Owners, checked, innermost, is_compiled, names_of
@@ -180,6 +186,9 @@ class Watcher:
     _said_outside = False
     _moved: frozenset[int] = frozenset()
     """Positions of the optimizers that have stepped."""
+    _knows_unregistered = False
+    _elsewhere: frozenset[int] = frozenset()
+    """The ``id`` of what optimizers write that are not watched, until it was looked for."""
     _in_step = False
     _waits = False
     """Whether a block was left in which no optimizer has stepped."""
@@ -331,9 +340,10 @@ class Watcher:
         if self._owners.holds(optimizer):
             return True
         ours = {id(parameter) for parameter in self._names.parameters.values()}
-        if self._complete or not any(
-            id(tensor) in ours for group in optimizer.param_groups for tensor in group["params"]
-        ):
+        held = _tensors_of(optimizer)
+        if self._complete or ours.isdisjoint(held):
+            if not self._knows_unregistered:
+                self._elsewhere |= held
             return False
         self._optimizers = (*self._optimizers, optimizer)
         self._look_at_model(midway=True)
@@ -729,6 +739,7 @@ class Watcher:
             self._inspection.leave()
             if self._stepped:
                 self._inspection.stop()
+                self._find_unregistered(self._inspection)
                 self._inspection = None
                 self._look_again()
         self._hand_on()
@@ -741,6 +752,23 @@ class Watcher:
             self._tell_sinks(lambda sink: getattr(sink, "flush", _nothing)())
             if logged:
                 self._keep_budget()
+
+    def _find_unregistered(self, inspection: Inspection) -> None:
+        """Report parameters that the loss leads to, and that neither the model nor an optimizer knows of."""
+        if self._knows_unregistered or not self._owners.known or self._group is not None:
+            return
+        self._knows_unregistered = True
+        known = {id(parameter) for parameter in names_of(self._model).parameters.values()}
+        known |= self._elsewhere.union(*map(_tensors_of, self._optimizers))
+        reached = inspection.reached - known
+        found = not_registered(
+            self._model, lambda p: p.requires_grad and id(p) in reached, self._steps - 1
+        )
+        if found:
+            self._ledger.add(found)
+            self.report = replace(self.report, diagnoses=self._ledger.holding)
+            news = replace(self.report, logged=False, norms={}, alerts=())
+            self._tell_sinks(lambda sink: sink.write(news))
 
     def _keep_budget(self) -> None:
         """Measure less often where watching takes more than its share of the time."""
@@ -1123,6 +1151,11 @@ def _place_of(cut: Finding | None) -> tuple[str | None, str | None]:
     if cut is None or cut.site is None:
         return None, None
     return str(cut.cause), _words.place(cut.site)
+
+
+def _tensors_of(optimizer: Any) -> set[int]:
+    """Return the ``id`` of each tensor that an optimizer writes."""
+    return {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
 
 
 def _nothing() -> None:

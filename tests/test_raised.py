@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from gradwatch import Watcher, diagnose
+from gradwatch._words import shown_path
 
 
 class Net(nn.Module):
@@ -2549,6 +2550,28 @@ def test_an_error_of_torchs_that_has_nothing_to_do_with_gradients_gets_no_note(f
         fail()
 
     assert getattr(caught.value, "__notes__", []) == []
+
+
+class InAList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(3, 1)]
+
+
+def test_an_optimizer_without_parameters_is_led_back_to_a_plain_list():
+    """Where the model registers nothing the note names the attribute that hides its parameters."""
+    model = InAList()
+    with pytest.raises(ValueError, match="empty parameter list") as caught, diagnose(model):
+        torch.optim.SGD(model.parameters(), 0.1)
+
+    line = inspect.getsourcelines(InAList)[1] + 3
+    assert caught.value.__notes__ == [
+        (
+            "GradWatch: the model registers no parameter: `InAList.layers` is not registered, `parameters()` "
+            f"does not look into it: {shown_path(__file__)}:{line}: `self.layers = [nn.Linear(3, 1)]`\n"
+            "  = help: use `nn.ModuleList` or `nn.ParameterList` in place of the list"
+        )
+    ]
 
 
 def test_nested_diagnoses_add_one_note():

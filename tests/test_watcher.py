@@ -27,6 +27,7 @@ from gradwatch import (
     Watcher,
     diagnose,
 )
+from gradwatch._words import shown_path
 from gradwatch.sinks import MemorySink
 
 if TYPE_CHECKING:
@@ -1546,3 +1547,75 @@ def test_a_model_on_the_meta_device_is_diagnosed():
         (found,) = report.diagnoses
         assert (found.cause, found.parameters) == (Cause.DETACHED, ("u.weight", "u.bias"))
         assert report.norms == {}
+
+
+class Bag:
+    """An object that is no module, with a layer in it."""
+
+    def __init__(self) -> None:
+        self.layer = nn.Linear(2, 2)
+
+
+class Hidden(nn.Module):
+    """Parameters where ``parameters()`` does not look, beside some that are there on purpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listed = [nn.Linear(2, 2), nn.Linear(2, 2)]
+        self.named = {"a": (nn.Parameter(torch.ones(2)),)}
+        self.bag = Bag()
+        self.teacher = [nn.Linear(2, 2).requires_grad_(requires_grad=False)]
+        self.reader = [nn.Linear(2, 2)]
+        self.out = nn.Linear(2, 1)
+        self.known = [self.out]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.listed, self.bag.layer, *self.teacher):
+            x = layer(x)
+        with torch.no_grad():
+            self.reader[0](x)
+        out: Tensor = self.out(x * self.named["a"][0])
+        return out.mean()
+
+
+def test_parameters_in_plain_containers_are_found():
+    """What a loss leads to, and ``parameters()`` does not list, is named with its attribute; once, and nothing else."""
+    with Run(Hidden(), PATIENT, every_n_steps=2) as run:
+        run.step(5)
+
+    assert [(d.cause, d.parameters) for d in run.watcher.diagnoses] == [
+        (
+            Cause.NOT_IN_OPTIMIZER,
+            tuple(f"listed[{i}].{kind}" for i in (0, 1) for kind in ("weight", "bias")),
+        ),
+        (Cause.NOT_IN_OPTIMIZER, ("named['a'][0]",)),
+        (Cause.NOT_IN_OPTIMIZER, ("bag.layer.weight", "bag.layer.bias")),
+    ]
+    line, place = inspect.getsourcelines(Hidden)[1] + 5, shown_path(__file__)
+    assert next((*d.notes, d.help) for d in run.watcher.diagnoses) == (
+        (
+            "`Hidden.listed` is not registered, `parameters()` does not look into it: "
+            f"{place}:{line}: `self.listed = [nn.Linear(2, 2), nn.Linear(2, 2)]`"
+        ),
+        "use `nn.ModuleList` or `nn.ParameterList` in place of the list",
+    )
+    assert [d.help for d in run.watcher.diagnoses][1:] == [
+        "use `nn.ModuleDict` or `nn.ParameterDict` in place of the dict",
+        "make `Bag` an `nn.Module`",
+    ]
+    assert [r.step for r in run.sink.reports if not r.logged] == [0]
+    assert run.watcher.report.diagnoses == run.watcher.diagnoses
+
+
+def test_what_another_optimizer_has_is_not_hidden():
+    """A critic in a list, which its own optimizer steps, trains."""
+    model = Hidden()
+    hidden = [*model.listed[0].parameters(), *model.listed[1].parameters()]
+    hidden += [*model.bag.layer.parameters(), model.named["a"][0]]
+    optimizer, other = sgd(model), torch.optim.SGD(hidden, 0.1)
+    with Watcher(model, optimizers=[optimizer]) as watcher, watcher.step():
+        model(batch()).backward()
+        optimizer.step()
+        other.step()
+
+    assert watcher.diagnoses == ()
