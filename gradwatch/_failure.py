@@ -20,7 +20,7 @@ from gradwatch._record import node_of, tensors_in
 from gradwatch.report import Site
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
     from torch import nn
@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from gradwatch._diagnose import Inspection
     from gradwatch._record import Backward, Failed, Op
     from gradwatch._trace import Trace
+
+    Find = Callable[["Raised"], str | None]
+
+
+BY_PLACE: dict[Find, str] = {}
+"""Explanations that need nothing but the line that raised, with their words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,3 +239,50 @@ def at(place: _frames.Place | None) -> str | None:
     if site is None:
         return None
     return listed(_words.place(site.caller) if site.caller else None, _words.place(site))
+
+
+def failing(kind: str) -> Find:
+    """Explain an error by the call that raised it."""
+
+    def find(raised: Raised) -> str | None:
+        failed = raised.failed
+        place = before_torch(raised.error) if failed is None else failed.place
+        if (
+            raised.asked is not None
+        ):  # what a checkpoint runs again in backward has lines of its own
+            place = last_of_user(raised.error) or place
+        if place is None:
+            return None
+        places = [*raised.callers_of(place), place]
+        return _words.error_note(kind, listed(*map(at, places)))
+
+    BY_PLACE[find] = kind
+    return find
+
+
+def raising(kind: str) -> Find:
+    """Explain an error by the user's own line that it passed last, where no call of torch's is known."""
+
+    def find(raised: Raised) -> str | None:
+        place = last_of_user(raised.error)
+        return None if place is None else _words.error_note(kind, at(place))
+
+    BY_PLACE[find] = kind
+    return find
+
+
+def without_history(kind: str) -> Find:
+    """Explain a call on a tensor without a history by where that was lost."""
+
+    def find(raised: Raised) -> str | None:
+        failed = raised.failed
+        if failed is None:
+            return raising(kind)(raised)
+        read = failed.read if raised.asked is None else raised.asked.wanted
+        places = [*raised.callers_of(failed.place), failed.place]
+        makers = (raised.maker_of(n) for n in read if not raised.trace.values[n].tracked)
+        made = next((at(op.place) for op in makers if op is not None), None)
+        cut = raised.cut_of((*read, *failed.read))
+        return _words.error_note(kind, listed(cut, role_of("made here", made), *map(at, places)))
+
+    return find

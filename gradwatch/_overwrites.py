@@ -1,4 +1,4 @@
-"""Which of several writes in place an error of autograd's speaks of.
+"""Which of several writes in place an error of autograd's speaks of, and what is to be said of it.
 
 What this room knows that no other does: how shapes, versions, and the names of nodes in torch's message single
 out one write, among views that share a version and results that are named after what made them.
@@ -9,13 +9,116 @@ Limits: two writes that agree in all of these are told apart by their order alon
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING
+
+from gradwatch import _source, _words
+from gradwatch._calls import Kind
+from gradwatch._failure import Raised, at, failing, listed, role_of, statement
+from gradwatch._histories import carried_over, kept_in_step
+from gradwatch._record import hooks_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from gradwatch._graph import Passed
-    from gradwatch._record import Record, Value, Write
+    from gradwatch._record import Op, Record, Value, Write
+
+
+def overwritten(raised: Raised) -> str | None:
+    """Explain a tensor that was saved for backward and changed before."""
+    trace = raised.trace
+    found = re.search(
+        r"\[(?:torch\.)?\S+ \[(.*?)\]\](?:, which is output \d+ of ([\w:]+),)? is at version (\d+); "
+        r"expected version (\d+)",
+        raised.message,
+    )
+    if found is None:
+        return None
+    shape = tuple(int(size) for size in found[1].split(",") if size.strip())
+    first = int(found[4]) + 1
+    later = [w for w in trace.writes if w.version >= first]
+    write, is_result = culprit(
+        later,
+        shape,
+        found[2],
+        (first, int(found[3])),
+        trace=raised.trace,
+        passes=raised.inspection.passes,
+    )
+    if write is not None:
+        # A view that was made anew says nothing of what the user wrote.
+        named = is_result and stem(found[2] or "") != "AsStrided"
+        maker = found[2] if named else None
+        kind = "overwritten" if maker is None else "overwritten_result"
+        where = listed(at(write.place), at(write.around))
+        return _words.overwritten(kind, where, write.operation, maker)
+    return _written_unseen(raised, shape, found[2]) or (
+        _words.overwritten("overwritten", at(later[0].place), later[0].operation, None)
+        if later and "AccumulateGrad" not in (found[2] or "")
+        else None
+    )
+
+
+def _written_unseen(raised: Raised, shape: tuple[int, ...], node: str | None) -> str | None:
+    """Explain a tensor that something else than a call of the user's has changed."""
+    trace = raised.trace
+    lookup = _renormed(raised, shape)
+    if lookup is not None:
+        return _words.error_note("renormed", at(lookup.place))
+    carried = carried_over(raised) if trace.steps else None
+    if carried is not None:
+        return _words.error_note("outlived", *carried)
+    if trace.steps:
+        return _words.error_note("optimizer_stepped", at(trace.steps[-1][0]), node)
+    kept = kept_in_step(raised)
+    return None if kept is None else _words.error_note("outlived", *kept)
+
+
+def _renormed(raised: Raised, shape: tuple[int, ...]) -> Op | None:
+    """Return the lookup that changed a table of some shape in place, perhaps transposed, after something else read it."""
+    trace, first, was_read = raised.trace, None, False
+    for op in trace.ops:
+        read = {trace.values[number].parameter for number in op.inputs} - {None}
+        weights = [raised.inspection.parameters.get(name or "") for name in read]
+        if not any(w is not None and sorted(w.shape) == sorted(shape) for w in weights):
+            continue
+        if not op.name.endswith(("embedding", "embedding_bag")):
+            was_read = True
+        elif was_read:
+            return op
+        else:
+            first = first or op
+    return first
+
+
+def view_without_history(raised: Raised) -> str | None:
+    """Explain a write into a view that was made while gradient mode was off, by the making of the view."""
+    failed = raised.failed
+    made = raised.maker_of(failed.read[0]) if failed is not None and failed.read else None
+    while (
+        made is not None and made.kind is Kind.REWRAP
+    ):  # since a write into its base it wants a gradient
+        made = raised.maker_of(made.inputs[0])
+    if failed is None or made is None:
+        return failing("view_without_history")(raised)
+    view = role_of("the view", at(made.place))
+    places = listed(view, raised.switched_off(made), at(failed.place))
+    return _words.error_note("view_without_history", places)
+
+
+def behind_a_hook(raised: Raised) -> str | None:
+    """Explain a write into what a module with a full backward hook returned, by the registration of the hook."""
+    codes = [
+        code
+        for module in raised.model.modules()
+        for hook in hooks_of(module)
+        if (code := getattr(hook, "__code__", None)) is not None
+    ]
+    found = [s for code in codes[:1] for s in _source.registrations(code)]
+    failed = raised.failed
+    wrote = None if failed is None else at(failed.place)
+    return _words.error_note("behind_a_hook", listed(*map(statement, found[:1]), wrote))
 
 
 def culprit(

@@ -27,8 +27,8 @@ from torch.nn.parameter import is_lazy
 
 from gradwatch import _words
 from gradwatch._graph import walk
+from gradwatch._histories import all_frozen
 from gradwatch._names import checked, names_of
-from gradwatch._raised import all_frozen
 from gradwatch._roots import aside
 from gradwatch._single import diagnose
 from gradwatch.config import Config, load_config

@@ -1,0 +1,477 @@
+"""What a backward pass was asked for, or an operation was given, that autograd refuses.
+
+What this room knows that no other does: what torch means by the many ways to say that, and which line of the user's
+made the tensor in question: a derivative that does not exist, a Function or a hook with a gradient of another shape,
+a loss that is no number, a checkpoint that runs otherwise again, an optimizer over what is no leaf.
+
+Limits: as in ``_raised``, where the words of torch's are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gradwatch import _frames, _source, _words, explain
+from gradwatch._calls import Kind, Wrapper
+from gradwatch._failure import (
+    BY_PLACE,
+    Raised,
+    at,
+    before_torch,
+    begun_at,
+    failing,
+    last_of_user,
+    line_at,
+    line_of,
+    listed,
+    local_owner,
+    local_tensor,
+    local_tensors,
+    role_of,
+    statement,
+    users_own,
+)
+from gradwatch._record import hooks_of, memory_of, node_of, result_of
+from gradwatch.report import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from gradwatch._failure import Find
+    from gradwatch._record import Backward, Op
+    from gradwatch._trace import Trace
+
+
+# Derivatives that do not exist ----------------------------------------------------------------------
+
+
+def in_function(kind: str) -> Find:
+    """Explain what the ``backward`` of a Function did wrong by the call of the Function."""
+
+    def find(raised: Raised) -> str | None:
+        named = re.search(r"[Ff]unction (\w+) returned", raised.message)
+        ops = raised.trace.ops
+        if named is None:
+            called = [op for op in ops if op.wrapper is Wrapper.CUSTOM_FUNCTION]
+            return _words.error_note(kind, at(called[-1].place)) if called else None
+        index = re.search(r"at index (\d+)", raised.message)
+        own = _return_of(
+            named[1].removesuffix("Backward"), None if index is None else int(index[1])
+        )
+        for node in (node for passed in raised.inspection.passes for node in passed.nodes):
+            if node.custom and node.name == named[1] and node.tag >= 0:
+                return _words.error_note(kind, listed(at(ops[node.tag].place), own))
+        return None if own is None else _words.error_note(kind, own)
+
+    return find
+
+
+def _return_of(name: str, index: int | None) -> str | None:
+    """Return what the ``backward`` of the only Function of a name returns, and where the one at an index is computed."""
+    todo, found = [torch.autograd.Function], list[Any]()
+    while todo:
+        cls = todo.pop()
+        todo.extend(cls.__subclasses__())
+        method = getattr(cls.__dict__.get("backward"), "__func__", None)
+        code = getattr(method, "__code__", None)
+        if cls.__name__ == name and code is not None:
+            found.append(code)
+    returned = _source.returned(found[0], index) if len(found) == 1 else []
+    roles = ["returned here", "computed here"]
+    return listed(*(role_of(role, statement(s)) for role, s in zip(roles, returned, strict=False)))
+
+
+def without_derivative(raised: Raised) -> str | None:
+    """Explain an operation without a derivative, which torch may say only in the backward pass."""
+    named = re.search(r"derivative for '?(?:aten::)?(\w+)", raised.message)
+    wanted = "" if named is None else named[1].strip("_")
+    ops = raised.trace.ops
+    for op in reversed(ops):
+        if wanted and op.name.rpartition(".")[2].strip("_") == wanted:
+            return _words.error_note("no_derivative", at(op.place))
+    # An inner operation of another name: the node of the graph is named after it.
+    camel = wanted.replace("_", "").removesuffix("backward")
+    for node in (node for passed in raised.inspection.passes for node in passed.nodes):
+        name = node.name.rpartition("Backward")[0]
+        if camel and node.tag >= 0 and name.lower() == camel:
+            return _words.error_note("no_derivative", at(ops[node.tag].place))
+    # Libraries use the same words for what has nothing to do with a derivative.
+    return None if raised.failed is None else failing("no_derivative")(raised)
+
+
+def not_a_number(raised: Raised) -> str | None:
+    """Explain what anomaly mode found by the operation that the node was made by."""
+    found = re.search(r"Function '(\w+)' returned nan", raised.message)
+    name = "" if found is None else found[1]
+    for passed in raised.inspection.passes:
+        fine = {number for (number, _), size in passed.sizes.items() if math.isfinite(size)}
+        tags = [n.tag for i, n in enumerate(passed.nodes) if n.name == name and i not in fine]
+        if tags and max(tags) >= 0:
+            # Backward comes to the operations in reverse.
+            return _words.error_note("anomaly", at(raised.trace.ops[max(tags)].place))
+    return None
+
+
+def without_formula(raised: Raised) -> str | None:
+    """Explain a custom operator that was registered without a derivative."""
+    found = re.search(r"through (\w+\.\w+)", raised.message)
+    wanted = "" if found is None else found[1]
+    for op in reversed(raised.trace.ops):
+        if wanted and wanted in op.name:
+            return _words.error_note("no_formula", at(op.place))
+    return None
+
+
+# What backward starts from, and is asked for --------------------------------------------------------
+
+
+def loss_made_by(
+    kind: str,
+    is_odd: Callable[[tuple[int, ...], torch.dtype], bool],
+    through: frozenset[str] = frozenset(),
+) -> Find:
+    """Explain a loss of the wrong kind by the operation that made it so.
+
+    Args:
+        kind: Which words to use.
+        is_odd: Tells by shape and dtype whether a tensor has what is wrong with the loss.
+        through: Operations besides those on single elements that hand it on.
+    """
+    handing_on = _ELEMENTWISE | through
+
+    def find(raised: Raised) -> str | None:
+        asked = raised.asked
+        roots = begun_at(raised.error)
+        made = [op for node in roots for op in _made_odd(node, is_odd, handing_on, raised)]
+        if asked is None or not made:
+            return failing(kind)(raised)
+        shaped = [at(op.place) for op in reversed(made)]
+        return _words.error_note(kind, listed(shaped[0], shaped[-1], at(asked.place)))
+
+    return find
+
+
+_ELEMENTWISE = frozenset(
+    "add sub rsub mul div true_divide truediv neg clone contiguous to float double half".split()  # noqa: SIM905
+)
+
+
+def _made_odd(
+    node: Any,
+    is_odd: Callable[[tuple[int, ...], torch.dtype], bool],
+    handing_on: frozenset[str],
+    raised: Raised,
+) -> Iterator[Op]:
+    """Yield the operation that made a loss, and those from which it has what is odd about it, the last one at first.
+
+    What scales a loss or adds to it has not made it a vector, nor a complex number.
+    """
+    while node is not None:
+        tag = node.metadata.get(raised.trace.tag)
+        if tag is None:
+            return
+        op = raised.trace.ops[tag]
+        yield op
+        above = [up for up, _ in node.next_functions if up is not None]
+        known = {up: made for up in above if (made := result_of(up)) is not None}
+        odd = [up for up in above if up in known and is_odd(*known[up])]
+        if len(odd) > 1:  # a sum in a loop: what is added tells more than what was there before
+            tags = {up: up.metadata.get(raised.trace.tag) for up in odd}
+            odd = [
+                up for up in odd if tags[up] is None or raised.trace.ops[tags[up]].place != op.place
+            ]
+        is_through = op.name.rpartition(".")[2].strip("_") in handing_on
+        node = odd[0] if is_through and len(odd) == 1 else None
+
+
+def not_in_graph(raised: Raised) -> str | None:
+    """Explain a tensor that an output was not computed from by the cut between the two, or by both ends."""
+    trace = raised.trace
+    if not trace.backwards:
+        return failing("not_in_graph")(raised)
+    asked = trace.backwards[-1]
+    unused = _unused(raised, asked)
+    names = [name for number in unused if (name := trace.values[number].parameter)]
+    named = f"`{names[0]}`, which" if names else "a tensor that"
+    read = {number for op in trace.ops for number in op.inputs}
+    makers = [(number, op) for number in unused if (op := raised.maker_of(number)) is not None]
+    made = [op for n, op in makers if trace.values[n].tracked and op.kind is Kind.PLAIN]
+    # A copy that was made after the output: what the user asks for is not what went into it.
+    made += [op for number, op in makers if number not in read]
+    last = _last_from(trace, unused)
+    outputs = [op for root in asked.roots if (op := raised.maker_of(root)) is not None]
+    for cut in raised.inspection.cuts_between(unused, asked.roots):
+        if cut.site is not None:
+            places = listed(_words.place(cut.site), at(asked.place))
+            cutter = cut.operation or str(cut.cause)
+            return _words.error_note("cut_before", places, cutter, named)
+    places = listed(
+        *(role_of("made here", at(op.place)) for op in made[:1]),
+        role_of("the last that was computed from it", None if last is None else at(last.place)),
+        *(role_of("the output", at(op.place)) for op in outputs[:1]),
+        *map(at, raised.callers_of(asked.place)),
+        at(asked.place),
+    )
+    return _words.error_note("not_in_graph", places, named)
+
+
+def _unused(raised: Raised, asked: Backward) -> tuple[int, ...]:
+    """Return the value that a message means by its index among those that were asked for, or all of them."""
+    index = re.search(r"Tensor at index (\d+)", raised.message)
+    chosen = None if index is None else int(index[1])
+    whole = asked.inputs is not None and len(asked.inputs) == len(asked.wanted)
+    if chosen is None or not whole or chosen >= len(asked.wanted):
+        return asked.wanted
+    return (asked.wanted[chosen],)
+
+
+def _last_from(trace: Trace, numbers: Iterable[int]) -> Op | None:
+    """Return the last operation that computed anything from values."""
+    behind, last = set(numbers), None
+    for op in trace.ops:
+        if op.kind is Kind.PLAIN and not behind.isdisjoint(op.inputs):
+            behind.update(op.outputs)
+            last = op
+    return last
+
+
+def number_for_a_loss(raised: Raised) -> str | None:
+    """Explain a loss that is a number by the call that took it out of torch."""
+    leaving = [op for op in raised.trace.ops if op.kind is Kind.EXIT and not _is_truth(op)]
+    return _words.error_note("number", at(leaving[-1].place)) if leaving else None
+
+
+def _is_truth(op: Op) -> bool:
+    return op.name.endswith("__bool__")
+
+
+def from_inference_mode(raised: Raised) -> str | None:
+    """Explain a tensor of inference mode by the operation that made it."""
+    failed = raised.failed
+    made = raised.maker_of(failed.read[0]) if failed is not None and failed.read else None
+    while made is not None and made.grad_mode and made.inputs:
+        made = raised.maker_of(made.inputs[0])  # a view of it that was made outside
+    if failed is None or made is None or made.grad_mode:
+        modes = [s for f in _files_of(raised) for s in _source.method_calls(f, "inference_mode")]
+        within = [role_of("perhaps made in there", statement(mode)) for mode in modes[:2]]
+        last = before_torch(raised.error) if failed is None else failed.place
+        places = listed(*within, *map(at, [*raised.callers_of(last), last]))
+        return _words.error_note("inference", places)
+    came = role_of("made here", at(made.place))
+    places = listed(came, raised.switched_off(made), at(failed.place))
+    return _words.error_note("inference", places)
+
+
+def no_leaf(raised: Raised) -> str | None:
+    """Explain a tensor given to an optimizer, or asked for ``.grad``, that is the result of an operation."""
+    given = local_tensor(raised.error, "param")
+    node = None if given is None else node_of(given)
+    tag = None if node is None else node.metadata.get(raised.trace.tag)
+    place = _spoiled_leaf(raised) if tag is None else at(raised.trace.ops[tag].place)
+    return None if place is None else _words.error_note("no_leaf", place)
+
+
+def serialised_result(raised: Raised) -> str | None:
+    """Explain a tensor that cannot go to another process with its history by what made it."""
+    given = local_tensor(raised.error, "tensor")
+    node = None if given is None else node_of(given)
+    tag = None if node is None else node.metadata.get(raised.trace.tag)
+    made = None if tag is None else raised.trace.ops[tag]
+    before = [] if made is None else [raised.maker_of(number) for number in made.inputs]
+    places = dict.fromkeys(at(op.place) for op in before if op is not None)
+    last = at(last_of_user(raised.error))
+    own = None if made is None else at(made.place)
+    return _words.error_note(
+        "serialised", listed(*list(places)[:1], role_of("made here", own), last)
+    )
+
+
+def none_for_a_gradient(raised: Raised) -> str | None:
+    """Explain a None that came from ``.grad``: of a result, of a copy, or of a parameter that got none."""
+    for read, number in reversed(raised.trace.grad_reads):
+        where = at(read)
+        if where is not None and line_of(raised.error) == line_at(read):
+            maker = raised.maker_of(number)
+            made = (None if maker is None else at(maker.place)) or _spoiled_leaf(raised)
+            came = role_of("made here, so that it is no leaf", made)
+            return _words.error_note("grad_of_a_result", listed(came, where))
+    last = last_of_user(raised.error)
+    if last is None or ".grad" not in _source.text_of(last[:2]):
+        return None
+    held = list(local_tensors(raised.error))
+    parameters = raised.inspection.parameters
+    mine = {id(p) for p in parameters.values()}
+    memory = {memory_of(p): name for name, p in parameters.items()}
+    copies = [memory[m] for t in held if id(t) not in mine and (m := memory_of(t)) in memory and m]
+    if copies:
+        return _words.error_note(
+            "grad_of_a_copy", listed(_detached_last(raised, copies[0]), at(last))
+        )
+    without = [n for n, p in parameters.items() if p.requires_grad and p.grad is None]
+    chosen = [n for n in without if any(parameters[n] is t for t in held)] or without
+    found = raised.inspection.diagnose(dict.fromkeys(without, Status.MISSING), 0)
+    told = [d for d in found if not set(chosen).isdisjoint(d.parameters)][:1]
+    said = [explain.render(d, tuple(parameters)) for d in told]
+    return "\n\n".join([_words.error_note("grad_is_none", at(last)), *said]) if said else None
+
+
+def _spoiled_leaf(raised: Raised) -> str | None:
+    """Return where the text computes from a tensor that was just asked to require grad, which makes it no leaf."""
+    classes = dict.fromkeys(map(type, raised.model.modules()))
+    found = [s for cls in classes for s in _source.spoiled_leaves(cls)]
+    return statement(found[0]) if found else None
+
+
+def _detached_last(raised: Raised, name: str) -> str | None:
+    """Return where a parameter was detached last."""
+    trace = raised.trace
+    for op in reversed(trace.ops):
+        if op.kind is Kind.SEVER and any(trace.values[n].parameter == name for n in op.inputs):
+            return at(op.place)
+    return None
+
+
+def changed_by_a_hook(raised: Raised) -> str | None:
+    """Explain a gradient that a hook changed wrongly by the line that registered the hook."""
+    places = set(raised.trace.hooks.values())
+    if places:
+        return _words.error_note("hook", at(places.pop())) if len(places) == 1 else None
+    hooks = {id(h): h for p in raised.inspection.parameters.values() for h in hooks_of(p)}
+    codes = [_frames.code_of(hook) for hook in hooks.values()]
+    if len(codes) != 1 or codes[0] is None:
+        return None
+    returned = _source.returned(codes[0], None)
+    return _words.error_note("hook_returns", listed(*map(statement, returned)))
+
+
+def hook_of_a_module(raised: Raised) -> str | None:
+    """Explain what a full backward hook returned by its ``return``, where the model has one alone."""
+    hooks = {id(h): h for module in raised.model.modules() for h in hooks_of(module)}
+    codes = dict.fromkeys(_frames.code_of(hook) for hook in hooks.values())
+    code = next(iter(codes), None)
+    returned = [] if code is None or len(codes) > 1 else _source.returned(code, None)
+    return _words.error_note("hook_returns", listed(*map(statement, returned)))
+
+
+def nothing_in_a_checkpoint(raised: Raised) -> str | None:
+    """Explain a reentrant checkpoint without a gradient inside by what cut its input off, and its call."""
+    inside = [op for op in raised.trace.ops if op.around is not None]
+    cut = next((op for op in inside if op.kind is Kind.SEVER), None)
+    call = next((op.around for op in [cut, *inside] if op is not None), None)
+    cut_at = None if cut is None else at(cut.place)
+    return _words.error_note("nothing_in_checkpoint", listed(cut_at, at(call)))
+
+
+def made_and_failing(kind: str) -> Find:
+    """Explain an error by what made the last of the tensors that the call which raised was given."""
+
+    def find(raised: Raised) -> str | None:
+        failed = raised.failed
+        makers = [raised.maker_of(number) for number in (failed.read if failed else ())]
+        made = next((at(op.place) for op in reversed(makers) if op is not None), None)
+        last = before_torch(raised.error) if failed is None else failed.place
+        places = [*raised.callers_of(last), last]
+        return _words.error_note(kind, listed(role_of("made here", made), *map(at, places)))
+
+    BY_PLACE[find] = kind
+    return find
+
+
+def inputs_in_a_reentrant_checkpoint(raised: Raised) -> str | None:
+    """Explain a reentrant checkpoint by its call."""
+    ops = raised.trace.ops
+    own = (
+        op.around or op.place
+        for op in ops
+        if op.around or op.wrapper is Wrapper.REENTRANT_CHECKPOINT
+    )
+    asked = None if raised.asked is None else at(raised.asked.place)
+    return _words.error_note("reentrant_inputs", listed(at(next(own, None)), asked))
+
+
+def recomputed_otherwise(raised: Raised) -> str | None:
+    """Explain a checkpoint whose second run differed: by what it changes inside, and by the only call of one."""
+    modules = dict(raised.model.named_modules())
+    calls = {
+        statement(call)
+        for cls in {type(module) for module in modules.values()}
+        if not cls.__module__.startswith("torch.")
+        for name in ("checkpoint", "checkpoint_sequential")
+        for call in _source.calls_of(cls, name)
+    }
+    call = calls.pop() if len(calls) == 1 else None
+    again = [type(modules[path]) for path in reversed(raised.trace.rerun) if path in modules]
+    changes = _source.changes_of_state(dict.fromkeys(again))
+    if not changes and not raised.model.training:
+        modes = [s for file in _files_of(raised) for s in _source.method_calls(file, "eval")]
+        changes = modes if len(modes) == 1 else []
+    change = role_of("by this the next run differs", statement(changes[0])) if changes else None
+    return _words.error_note("recomputed", listed(change, call)) if change or call else None
+
+
+def func_of_a_vector(raised: Raised) -> str | None:
+    """Explain a function given to ``torch.func`` that returns several elements by the last thing that it did."""
+    place = last_of_user(raised.error)
+    last = next((op for op in reversed(raised.trace.ops) if op.place is not None), None)
+    made = None if last is None else role_of("the last operation in it", at(last.place))
+    return None if place is None else _words.error_note("func_of_a_vector", listed(made, at(place)))
+
+
+BY_PLACE[func_of_a_vector] = "func_of_a_vector"
+
+
+# Optimizers, and what they are given ------------------------------------------------------------------
+
+
+def stepped_over_nothing(raised: Raised) -> str | None:
+    """Explain a scaler that has seen no gradient of an optimizer's by what the optimizer holds."""
+    held = local_owner(raised.error, "optimizer")
+    groups = getattr(held, "param_groups", ())
+    parameters = raised.inspection.parameters
+    owned = {id(p) for group in groups for p in group["params"]}
+    mine = [name for name, p in parameters.items() if id(p) in owned]
+    last = at(last_of_user(raised.error))
+    if mine:
+        found = raised.inspection.diagnose(dict.fromkeys(mine, Status.MISSING), 0)
+        said = [explain.render(d, tuple(parameters)) for d in found[:1]]
+        return "\n\n".join([_words.error_note("nothing_to_unscale", last), *said])
+    loose = [name for name, p in parameters.items() if p.requires_grad and id(p) not in owned]
+    modules = [part for name in loose for part in reversed(name.split(".")[:-1])]
+    for part in dict.fromkeys([*modules, *(name.rpartition(".")[2] for name in loose)]):
+        put = [s for file in _files_of(raised) for s in _source.reassignments(file, part)]
+        if put:
+            return _words.error_note("held_before", listed(statement(put[0]), last))
+    return _words.error_note("nothing_to_unscale", last)
+
+
+def _files_of(raised: Raised) -> list[str]:
+    """Return the user's files that the model's classes, and the lines that the error passed, are in."""
+    files = [place.code.co_filename for place in reversed(users_own(raised.error))]
+    for module in raised.model.modules():
+        file = _source.file_of(type(module))
+        if file is not None and _frames.owner_of_file(file) is _frames.Owner.USER:
+            files.append(file)
+    return list(dict.fromkeys(files))
+
+
+def sparse_gradients(raised: Raised) -> str | None:
+    """Explain an optimizer that is given sparse gradients by the only place that asks for these."""
+    asked = [s for file in _files_of(raised) for s in _source.keywords(file, "sparse")]
+    last = at(last_of_user(raised.error))
+    return _words.error_note("sparse", listed(*map(statement, asked[:1]), last))
+
+
+def norm_in_vmap(raised: Raised) -> str | None:
+    """Explain a layer that counts its inputs under ``vmap`` by the line that made it."""
+    layer = local_owner(raised.error, "self")
+    last = at(last_of_user(raised.error))
+    for module in raised.model.modules():
+        for name, child in module.named_children():
+            made = _source.keepings(type(module), name) if child is layer else []
+            if made:
+                return _words.error_note("norm_in_vmap", listed(statement(made[0]), last))
+    return _words.error_note("norm_in_vmap", last)

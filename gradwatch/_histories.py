@@ -1,0 +1,378 @@
+"""Why a loss has no history, or one that is gone: frozen, switched off, cut, freed, or kept across steps.
+
+What this room knows that no other does: how to tell from a trace, or where the step was not traced from the text
+of the model's classes and from what the model holds, which statement that was.
+
+Limits: where the step was not traced, only what the model holds is known to be kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.function import BackwardCFunction
+
+from gradwatch import _frames, _source, _words, explain
+from gradwatch._calls import Kind
+from gradwatch._failure import (
+    Raised,
+    at,
+    begun_at,
+    entries,
+    failing,
+    last_of_user,
+    listed,
+    role_of,
+    statement,
+)
+from gradwatch._record import MADE, held_by, keepers_in
+from gradwatch._unread import settings
+from gradwatch.report import Cause, Diagnosis, Site, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import nn
+
+    from gradwatch._record import Op
+    from gradwatch._trace import Trace
+
+_MOST_NODES = 100_000
+_MOST_SETTINGS = 4
+
+
+def switched_off(model: nn.Module) -> str | None:
+    """Explain a loss without a history where gradient mode was left off, or everything is frozen."""
+    if not torch.is_grad_enabled():
+        classes = dict.fromkeys(map(type, model.modules()))
+        calls = dict.fromkeys(s for cls in classes for s in _source.switches(cls))
+        return _words.error_note(
+            "left_off", statement(next(iter(calls))) if len(calls) == 1 else None
+        )
+    return None if any(p.requires_grad for p in model.parameters()) else all_frozen(model)
+
+
+def frozen_ones(model: nn.Module) -> str | None:
+    """Return which parameters are frozen, and where that was done."""
+    names = dict(model.named_parameters())
+    frozen = tuple(name for name, p in names.items() if not p.requires_grad)
+    folded = _words.listed(explain.fold(frozen, names))
+    return _words.frozen_too(folded, _first_freezing(model)) if frozen else None
+
+
+def outlived(error: Exception) -> _frames.Place | None:
+    """Return where a tensor was made, in an earlier step that was traced, of the graph that a backward went over."""
+    todo = begun_at(error)
+    seen: set[Any] = set()
+    while todo and len(seen) < _MOST_NODES:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        place: _frames.Place | None = node.metadata.get(MADE)
+        if place is not None:
+            return place
+        todo.extend(above for above, _ in node.next_functions if above is not None)
+    return None
+
+
+def kept_anywhere(
+    model: nn.Module, made: Site | None = None, read: _frames.Place | None = None
+) -> tuple[str | None, str] | None:
+    """Return the statement that keeps a tensor with a history on a module, and the name it has there.
+
+    Of several that whose name stands in the function that reads it.
+    """
+    near = frozenset() if read is None else _source.attributes_in(read.code)
+    found = [
+        (name, statements)
+        for cls, attribute, name in keepers_in(model)
+        if (statements := _source.keepings(cls, attribute))
+    ]
+    found.sort(key=lambda each: each[0].rpartition(".")[2] not in near)
+    for full, statements in found:
+        return _story(statements, made, read), f" (`{full}`)"
+    return None
+
+
+def no_history(raised: Raised) -> str | None:
+    """Explain a loss that was computed from nothing that wants a gradient."""
+    inner = _in_a_backward(raised.error)
+    if inner is not None:
+        return _words.error_note("grad_in_backward", inner)
+    if not torch.is_grad_enabled():
+        return switched_off(raised.model)
+    asked = raised.asked
+    if asked is not None and not asked.accumulates:
+        cut = raised.cut_of(asked.roots)
+        if cut is not None:
+            return _words.error_note("output_without_history", listed(cut, at(asked.place)))
+    inspection = raised.inspection
+    parameters = inspection.parameters
+    wanting = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    if not wanting:
+        return all_frozen(raised.model, raised.trace)
+    found = inspection.diagnose(dict.fromkeys(wanting, Status.MISSING), 0)
+    if not found:
+        return None
+    # What was frozen on purpose is seldom what is wrong, and another parameter may have been frozen by mistake.
+    told = sorted(found, key=lambda d: (d.site is None, d.cause is Cause.FROZEN))[:1]
+    asked = raised.asked
+    makers = [raised.maker_of(root) for root in ([] if asked is None else asked.roots)]
+    loss = next((at(op.place) for op in makers if op is not None), None)
+    fresh = role_of("all that the loss is computed from", listed(*map(at, _sources(raised))))
+    said = [
+        _words.error_note("no_history", listed(role_of("the loss", loss), fresh)),
+        *(explain.render(d, tuple(parameters)) for d in told),
+    ]
+    more = (_switched_over(raised.model, told), _frozen_on_the_way(raised))
+    return "\n\n".join([*said, *(part for part in more if part)])
+
+
+def _switched_over(model: nn.Module, told: Iterable[Diagnosis]) -> str | None:
+    """Return where that is set on which the reading of an unused parameter depends, as far as the text tells."""
+    modules = dict(model.named_modules())
+    unused = [d.parameters[0].rpartition(".") for d in told if d.cause is Cause.UNUSED]
+    owners = [(modules[path], name) for path, _, name in unused if path in modules]
+    for module, name in owners:
+        for attribute, statements in settings(type(module), name).items():
+            where = listed(*map(statement, statements[:_MOST_SETTINGS]))
+            if where is not None:
+                return _words.set_here(attribute, where)
+    return None
+
+
+def _sources(raised: Raised) -> list[_frames.Place | None]:
+    """Return where the tensors were made anew from which alone the loss was computed: one place, or none."""
+    asked = raised.asked
+    seen: set[int] = set()
+    todo = [] if asked is None else list(asked.roots)
+    places: list[_frames.Place | None] = []
+    while todo:
+        number = todo.pop()
+        made = raised.maker_of(number)
+        if made is None:
+            return []
+        if number not in seen:
+            seen.add(number)
+            todo.extend(made.inputs)
+            places += [] if made.inputs else [made.place]
+    return places if len(set(places)) == 1 else []
+
+
+def _frozen_on_the_way(raised: Raised) -> str | None:
+    """Return what is to be said of parameters that the loss was computed from, and that are frozen."""
+    trace, parameters = raised.trace, raised.inspection.parameters
+    asked = raised.asked
+    seen: set[int] = set()
+    todo = [] if asked is None else list(asked.roots)
+    names: dict[str, None] = {}
+    while todo:
+        number = todo.pop()
+        if number in seen:
+            continue
+        seen.add(number)
+        name, made = trace.values[number].parameter, raised.maker_of(number)
+        if name is not None and not parameters[name].requires_grad:
+            names[name] = None
+        todo.extend(() if made is None else made.inputs)
+    if not names:
+        return None
+    folded = explain.fold(tuple(n for n in parameters if n in names), tuple(parameters))
+    seen_at = next((at(trace.freezings[n]) for n in names if n in trace.freezings), None)
+    return _words.frozen_too(_words.listed(folded), seen_at or _first_freezing(raised.model))
+
+
+def _in_a_backward(error: Exception) -> str | None:
+    """Return where the ``backward`` of a Function asked for gradients, and where it computed what from."""
+    places = []
+    for entry in entries(error):
+        code = entry.tb_frame.f_code
+        first = entry.tb_frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(first, BackwardCFunction) and code.co_name == "backward":
+            places.append(_frames.Place(code, entry.tb_lasti))
+    if not places:
+        return None
+    last = last_of_user(error) or places[-1]
+    made = _source.first_argument(last[:2], places[-1].code)
+    return listed(None if made is None else statement(made), at(places[-1]), at(last))
+
+
+def all_frozen(model: nn.Module, trace: Trace | None = None) -> str:
+    """Return what is to be said of a loss without a history when no parameter requires grad."""
+    if next(model.parameters(), None) is None:
+        return _words.error_note("no_parameters", None)
+    seen = None if trace is None else next(iter(trace.freezings.values()), None)
+    return _words.error_note("all_frozen", at(seen) or _first_freezing(model, most=4))
+
+
+def _first_freezing(model: nn.Module, most: int = 1) -> str | None:
+    """Return where the text freezes something, in the class that comes first in the model; a few of such places."""
+    for module in model.modules():
+        if not type(module).__module__.startswith("torch."):
+            statements = _source.freezings(type(module))
+            if statements:
+                file = [s for s in _source.freezings_in(statements[0].file) if s not in statements]
+                return listed(*map(statement, [*statements, *file][:most]))
+    return None
+
+
+def gone_over_twice(raised: Raised) -> str | None:
+    """Explain a graph that an earlier backward pass has freed."""
+    kept = kept_in_step(raised) or carried_over(raised)
+    if kept is not None:
+        return _words.error_note("kept", *kept)
+    places = [at(backward.place) for backward in raised.trace.backwards]
+    if len(places) > 1:
+        first = raised.trace.backwards[-2].place
+        held = None if first is None else _source.surrounding(first[:2], "cached")
+        cache = None if held is None else role_of("kept as long as this lasts", statement(held))
+        earlier = f"{places[-2]} (the earlier one)"
+        shared = _shared(raised.trace)
+        return _words.error_note("twice", listed(cache, *shared, earlier, places[-1]))
+    return _words.error_note("twice", places[-1]) if places else None
+
+
+def _shared(trace: Trace) -> tuple[str | None, str | None]:
+    """Return the last operation that both of the last two backward passes went through, if it is no root.
+
+    And the one through which the earlier pass came to it, when it can be cut off there.
+    """
+    first, second = (_behind(trace, backward.roots) for backward in trace.backwards[-2:])
+    common = first & second
+    roots = {number for backward in trace.backwards for number in backward.roots}
+    last = max(
+        (op for op in trace.ops if not common.isdisjoint(op.outputs)),
+        key=lambda op: op.index,
+        default=None,
+    )
+    if last is None or not roots.isdisjoint(last.outputs):
+        return None, None
+    taken = next(
+        (
+            op
+            for op in trace.ops[last.index :]
+            if not first.difference(second).isdisjoint(op.outputs)
+            and not set(last.outputs).isdisjoint(op.inputs)
+        ),
+        None,
+    )
+    if taken is None or taken.place is None:
+        return role_of("computed once, used by both", _given_to(last.place)), None
+    named = _source.outer_assignment(taken.place[:2])
+    once = listed(None if named is None else statement(named), _given_to(last.place))
+    return role_of("computed once, used by both", once), role_of(
+        "goes into the earlier one here", at(taken.place)
+    )
+
+
+def _given_to(place: _frames.Place | None) -> str | None:
+    """Return a place, and before it the only call of a function that computes from its arguments alone there."""
+    chosen = place is not None and _source.is_of_arguments(place[:2])
+    call = _source.only_call(place.code) if place is not None and chosen else None
+    return listed(None if call is None else statement(call), at(place))
+
+
+def _behind(trace: Trace, roots: Iterable[int]) -> set[int]:
+    """Return the values with a history that some were computed from, these included."""
+    found: set[int] = set()
+    todo = list(roots)
+    while todo:
+        number = todo.pop()
+        value = trace.values[number]
+        if number not in found and value.tracked and value.producer is not None:
+            found.add(number)
+            todo.extend(trace.ops[value.producer].inputs)
+    return found
+
+
+def kept_in_step(raised: Raised) -> tuple[str | None, str] | None:
+    """Return where a tensor of an earlier pass, which this one has read, was kept, and its name there."""
+    trace = raised.trace
+    for op in trace.ops:
+        if op.kind is Kind.LINK and op.place is None:
+            readers = (o for o in trace.ops[op.index :] if set(op.outputs) & set(o.inputs))
+            kept = _kept_in(raised.model, trace, op, next(readers, None))
+            if kept is not None:
+                return kept
+    return None
+
+
+def carried_over(raised: Raised) -> tuple[str | None, str] | None:
+    """Return the same of a tensor made in an earlier micro-batch of the step that was traced."""
+    trace = raised.trace
+    latest = trace.backwards[-1] if trace.backwards and len(trace.batches) > 1 else None
+    if latest is None:
+        return None
+    behind = _behind(trace, latest.roots)
+    begin = trace.batches[-1]
+    old = behind.intersection(n for op in trace.ops[:begin] for n in op.outputs)
+    for op in trace.ops[begin:]:
+        carried = [] if behind.isdisjoint(op.outputs) else sorted(old.intersection(op.inputs))
+        maker = raised.maker_of(carried[-1]) if carried else None
+        if maker is not None and op.place is not None:
+            made = _frames.site_of(maker.place)
+            filled = _source.fillings(op.place[:2])
+            if filled:
+                return _story(filled, made, op.place), ""
+            kept = kept_anywhere(raised.model, made, op.place)
+            return kept or (_story(_source.stores(op.place[:2]), made, op.place), "")
+    return None
+
+
+def _kept_in(
+    model: nn.Module, trace: Trace, op: Op, reader: Op | None
+) -> tuple[str | None, str] | None:
+    """Return the statement that keeps a tensor of an earlier pass, and the name it has there."""
+    known = trace.foreign.get(op.index)
+    tensor = None if known is None else known()
+    made = _frames.site_of(trace.outlived.get(op.index))
+    read = None if reader is None else reader.place
+    keeper = trace.keepers.get(op.index)
+    for path, module in model.named_modules():
+        for name, value in held_by(module):
+            if (path, name) == keeper or (tensor is not None and _holds(value, tensor)):
+                statements = _source.keepings(type(module), name)
+                if statements:
+                    full = f"{path}.{name}" if path else name
+                    filled = [] if read is None else _source.fillings(read[:2])
+                    kept_as = "" if filled else f" (`{full}`)"
+                    return _story([*filled, *statements], made, read), kept_as
+    statements = [] if read is None else _source.stores(read[:2])
+    return (_story(statements, made, read), "") if statements or made or read else None
+
+
+def _story(
+    statements: list[_source.Statement], made: Site | None, read: _frames.Place | None
+) -> str | None:
+    """Return where a tensor was kept, where it was made, and where it is used again: what is known of it."""
+    same = [s for s in statements if made is not None and s.line == made.line]
+    kept = next((statement(s) for s in same or statements), None)
+    came = None if made is None or same else f"{_words.place(made)} (made here)"
+    used = at(read)
+    if used in {None, kept, None if made is None else _words.place(made)}:
+        return listed(kept, came)
+    return listed(listed(kept, came), f"{used} (used again)")
+
+
+def _holds(value: Any, tensor: Any) -> bool:
+    """Tell whether a value is a tensor, or a container or a `partial` that holds it."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    elif isinstance(value, functools.partial):
+        value = [*value.args, *value.keywords.values()]
+    return value is tensor or (
+        isinstance(value, (list, tuple)) and any(_holds(item, tensor) for item in value)
+    )
+
+
+def copied_whole(raised: Raised) -> str | None:
+    """Explain the copy of a computed tensor by the attribute that keeps it, else by what made it."""
+    kept = kept_anywhere(raised.model)
+    failed = raised.failed
+    if kept is None:
+        return failing("copy_of_a_result")(raised)
+    copied = None if failed is None else at(failed.place)
+    return _words.error_note("copy_of_a_result", listed(f"{kept[0]} (kept here)", copied))
