@@ -147,7 +147,7 @@ def test_a_rule_acts_on_every_rank_in_the_same_step(
 
 
 def test_a_failure_of_ours_on_one_rank_keeps_no_other_waiting(ranks: Any):
-    """A rank whose sink fails tells the others at their next collective, and all train to the end."""
+    """A rank on which we fail tells the others at their next collective, and all train to the end."""
     (failed, err), (other, _) = ranks("failing", 0), ranks("failing", 1)
 
     assert [failed["global_step"], other["global_step"]] == [8, 8]
