@@ -25,6 +25,7 @@ from gradwatch._failure import (
     begun_at,
     failing,
     last_of_user,
+    layer_made_at,
     line_at,
     line_of,
     listed,
@@ -271,8 +272,15 @@ def no_leaf(raised: Raised) -> str | None:
     given = local_tensor(raised.error, "param")
     node = None if given is None else node_of(given)
     tag = None if node is None else node.metadata.get(raised.trace.tag)
-    place = _spoiled_leaf(raised) if tag is None else at(raised.trace.ops[tag].place)
-    return None if place is None else _words.error_note("no_leaf", place)
+    if tag is not None:
+        return _words.error_note("no_leaf", at(raised.trace.ops[tag].place))
+    last = last_of_user(raised.error)
+    kept = [] if last is None else _source.argument_stores(last[:2])[:1]
+    made = [s for found in kept for s in _source.returned_by(found)]
+    places = listed(
+        _spoiled_leaf(raised), *map(statement, [*made, *kept]), None if last is None else at(last)
+    )
+    return None if places is None else _words.error_note("no_leaf", places)
 
 
 def serialised_result(raised: Raised) -> str | None:
@@ -294,11 +302,12 @@ def none_for_a_gradient(raised: Raised) -> str | None:
     """Explain a None that came from ``.grad``: of a result, of a copy, or of a parameter that got none."""
     for read, number in reversed(raised.trace.grad_reads):
         where = at(read)
-        if where is not None and line_of(raised.error) == line_at(read):
+        if read is not None and where is not None and line_of(raised.error) == line_at(read):
             maker = raised.maker_of(number)
             made = (None if maker is None else at(maker.place)) or _spoiled_leaf(raised)
             came = role_of("made here, so that it is no leaf", made)
-            return _words.error_note("grad_of_a_result", listed(came, where))
+            kept = [statement(s) for s in _source.owner_stores(read[:2], "grad")[:1]]
+            return _words.error_note("grad_of_a_result", listed(came, *kept, where))
     last = last_of_user(raised.error)
     if last is None or ".grad" not in _source.text_of(last[:2]):
         return None
@@ -405,6 +414,8 @@ def recomputed_otherwise(raised: Raised) -> str | None:
     }
     call = calls.pop() if len(calls) == 1 else None
     again = [type(modules[path]) for path in reversed(raised.trace.rerun) if path in modules]
+    if all(cls.__module__.startswith("torch.") for cls in again):  # a function was checkpointed
+        again = [type(module) for module in modules.values()]
     changes = _source.changes_of_state(dict.fromkeys(again))
     if not changes and not raised.model.training:
         modes = [s for file in _files_of(raised) for s in _source.method_calls(file, "eval")]
@@ -467,11 +478,5 @@ def sparse_gradients(raised: Raised) -> str | None:
 
 def norm_in_vmap(raised: Raised) -> str | None:
     """Explain a layer that counts its inputs under ``vmap`` by the line that made it."""
-    layer = local_owner(raised.error, "self")
-    last = at(last_of_user(raised.error))
-    for module in raised.model.modules():
-        for name, child in module.named_children():
-            made = _source.keepings(type(module), name) if child is layer else []
-            if made:
-                return _words.error_note("norm_in_vmap", listed(statement(made[0]), last))
-    return _words.error_note("norm_in_vmap", last)
+    made = layer_made_at(raised.model, local_owner(raised.error, "self"))
+    return _words.error_note("norm_in_vmap", listed(made, at(last_of_user(raised.error))))

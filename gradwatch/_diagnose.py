@@ -29,6 +29,7 @@ from gradwatch._source import (
     copies,
     derived_attributes,
     keepings,
+    surrounding,
     wrapping,
 )
 from gradwatch._stats import Sensor, is_lazy
@@ -308,7 +309,9 @@ class Inspection(BackwardListener):
         """Explain a parameter that required no grad whenever it was read, and does now."""
         if self.trace.read_flags.get(name, True):
             return None
-        return Finding(Cause.FROZEN, _frames.site_of(self.trace.freezings.get(name)))
+        caller = _frames.site_of(self.trace.freezing_calls.get(name))
+        notes = (_words.called_at(caller),) if caller else ()
+        return Finding(Cause.FROZEN, _frames.site_of(self.trace.freezings.get(name)), notes=notes)
 
     def _cleared(self, name: str) -> Finding:
         place = self.trace.clearings.get(name)
@@ -687,6 +690,20 @@ class Inspection(BackwardListener):
 
     # Small things ---------------------------------------------------------------------------------
 
+    def _switched_at(self, op: Op) -> Site | None:
+        """Return where gradients were off for an operation: the call that switched them, or an inference mode."""
+        switch = self.trace.switch_before(op)
+        around = self.inference_around(op) if switch is None else None
+        if around is not None:
+            return Site(around.file, around.line, source=around.text)
+        return _frames.site_of(switch)
+
+    @staticmethod
+    def inference_around(op: Op) -> Statement | None:
+        """Return the inference mode in whose block or function an operation ran, which no mode of ours sees."""
+        found = (surrounding(step, "inference_mode") for step in op.stack)
+        return next((statement for statement in found if statement is not None), None)
+
     def _op(self, tag: int) -> Op | None:
         return self.trace.ops[tag] if 0 <= tag < len(self.trace.ops) else None
 
@@ -698,7 +715,7 @@ class Inspection(BackwardListener):
             return Finding(cause, _frames.site_of(reader.place, reader.module))
         site = _frames.site_of(op.place, op.module)
         found = Finding(cause, site, op.name)
-        switched = None if op.grad_mode else _frames.site_of(self.trace.switch_before(op))
+        switched = None if op.grad_mode else self._switched_at(op)
         if cause is Cause.NO_GRAD and switched and (switched.file, switched.line) != _line(found):
             found = replace(found, notes=(_words.switched_off(switched),))
         return found

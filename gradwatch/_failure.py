@@ -91,9 +91,9 @@ class Raised:
                 continue
             seen.add(number)
             names = {trace.values[n].parameter for n in op.inputs} - {None}
-            frozen = [trace.freezings[name] for name in names if name in trace.freezings]
-            if frozen:
-                return at(frozen[0])
+            frozen = self.frozen_at(name for name in names if name is not None)
+            if frozen is not None:
+                return frozen
             if any(trace.values[n].tracked for n in op.inputs):
                 return listed(at(op.place), self.switched_off(op))
             todo.extend(op.inputs)
@@ -104,11 +104,19 @@ class Raised:
         if op.grad_mode:
             return None
         switch = self.trace.switch_before(op)
-        for step in () if switch is not None else op.stack:
-            found = _source.surrounding(step, "inference_mode")
-            if found is not None:
-                return role_of("gradients are off in there", statement(found))
+        around = self.inspection.inference_around(op) if switch is None else None
+        if around is not None:
+            return role_of("gradients are off in there", statement(around))
         return role_of("gradients are off from here on", at(switch))
+
+    def frozen_at(self, names: Iterable[str]) -> str | None:
+        """Return where one of some parameters was frozen in this step, and the call that did so."""
+        trace = self.trace
+        name = next((name for name in names if name in trace.freezings), None)
+        if name is None:
+            return None
+        call = role_of("called here", at(trace.freezing_calls.get(name)))
+        return listed(at(trace.freezings[name]), call)
 
     def maker_of(self, number: int) -> Op | None:
         """Return the operation that made a value, where it ran in this step."""
@@ -200,6 +208,41 @@ def local_owner(error: Exception, name: str) -> Any:
     return next((value for value in reversed(held) if isinstance(value, kinds)), None)
 
 
+def layer_made_at(model: torch.nn.Module, layer: Any) -> str | None:
+    """Return the statement that put a layer into a model, or what the layer is in."""
+    path = next((path for path, module in model.named_modules() if module is layer), "")
+    while path:
+        path, _, name = path.rpartition(".")
+        made = _source.keepings(type(model.get_submodule(path)), name)
+        if made:
+            return statement(made[0])
+    return None
+
+
+def asked_for_parameters(error: Exception) -> torch.nn.Module | None:
+    """Return the module whose ``parameters()`` the failing line asked for, as far as its variables tell."""
+    last = next((e for e in reversed(list(entries(error))) if _is_users(e)), None)
+    chain = (
+        None
+        if last is None
+        else _source.owner_of_call((last.tb_frame.f_code, last.tb_lasti), "parameters")
+    )
+    if last is None or not chain:
+        return None
+    first, *rest = chain
+    found = last.tb_frame.f_locals.get(first, last.tb_frame.f_globals.get(first))
+    for name in rest:
+        held = (
+            {**vars(found), **vars(found).get("_modules", {})} if hasattr(found, "__dict__") else {}
+        )
+        found = held.get(name)
+    return found if isinstance(found, torch.nn.Module) else None
+
+
+def _is_users(entry: TracebackType) -> bool:
+    return _frames.owner(entry.tb_frame.f_code) is _frames.Owner.USER
+
+
 def line_of(error: Exception) -> tuple[str, int] | None:
     """Return file and line at which an error was raised."""
     raised = innermost(error)
@@ -268,21 +311,4 @@ def raising(kind: str) -> Find:
         return None if place is None else _words.error_note(kind, at(place))
 
     BY_PLACE[find] = kind
-    return find
-
-
-def without_history(kind: str) -> Find:
-    """Explain a call on a tensor without a history by where that was lost."""
-
-    def find(raised: Raised) -> str | None:
-        failed = raised.failed
-        if failed is None:
-            return raising(kind)(raised)
-        read = failed.read if raised.asked is None else raised.asked.wanted
-        places = [*raised.callers_of(failed.place), failed.place]
-        makers = (raised.maker_of(n) for n in read if not raised.trace.values[n].tracked)
-        made = next((at(op.place) for op in makers if op is not None), None)
-        cut = raised.cut_of((*read, *failed.read))
-        return _words.error_note(kind, listed(cut, role_of("made here", made), *map(at, places)))
-
     return find

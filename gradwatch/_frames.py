@@ -158,6 +158,16 @@ def innermost(frame: FrameType | None) -> FrameType | None:
     return frame
 
 
+def call_of_function(frame: FrameType | None) -> Place | None:
+    """Return the user's call of the plain function that a frame runs in; None in a method and outside of functions."""
+    while frame is not None and owner(frame.f_code) is not Owner.USER:
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_name.startswith("<"):
+        return None
+    above = None if frame.f_code.co_varnames[:1] == ("self",) else _user_above(frame.f_back)
+    return None if above is None else Place(*above)
+
+
 def _user_above(frame: FrameType | None) -> tuple[CodeType, int] | None:
     while frame is not None:
         if owner(frame.f_code) is Owner.USER:

@@ -24,6 +24,7 @@ from gradwatch._failure import (
     failing,
     last_of_user,
     listed,
+    raising,
     role_of,
     statement,
 )
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from gradwatch._failure import Find
     from gradwatch._record import Op
     from gradwatch._trace import Trace
 
@@ -164,10 +166,20 @@ def _sources(raised: Raised) -> list[_frames.Place | None]:
 
 def _frozen_on_the_way(raised: Raised) -> str | None:
     """Return what is to be said of parameters that the loss was computed from, and that are frozen."""
+    parameters = raised.inspection.parameters
+    names = _frozen_among(raised, () if raised.asked is None else raised.asked.roots)
+    if not names:
+        return None
+    folded = explain.fold(tuple(n for n in parameters if n in names), tuple(parameters))
+    seen_at = raised.frozen_at(names) or _first_freezing(raised.model)
+    return _words.frozen_too(_words.listed(folded), seen_at)
+
+
+def _frozen_among(raised: Raised, numbers: Iterable[int]) -> dict[str, None]:
+    """Return the names of the parameters that values were computed from, and that are frozen."""
     trace, parameters = raised.trace, raised.inspection.parameters
-    asked = raised.asked
     seen: set[int] = set()
-    todo = [] if asked is None else list(asked.roots)
+    todo = list(numbers)
     names: dict[str, None] = {}
     while todo:
         number = todo.pop()
@@ -178,11 +190,14 @@ def _frozen_on_the_way(raised: Raised) -> str | None:
         if name is not None and not parameters[name].requires_grad:
             names[name] = None
         todo.extend(() if made is None else made.inputs)
-    if not names:
-        return None
-    folded = explain.fold(tuple(n for n in parameters if n in names), tuple(parameters))
-    seen_at = next((at(trace.freezings[n]) for n in names if n in trace.freezings), None)
-    return _words.frozen_too(_words.listed(folded), seen_at or _first_freezing(raised.model))
+    return names
+
+
+def frozen_behind(raised: Raised, numbers: Iterable[int]) -> str | None:
+    """Return where the parameters were frozen that values without a history were computed from."""
+    names = _frozen_among(raised, numbers)
+    where = (raised.frozen_at(names) or _first_freezing(raised.model)) if names else None
+    return role_of("frozen here", where)
 
 
 def _in_a_backward(error: Exception) -> str | None:
@@ -204,8 +219,12 @@ def all_frozen(model: nn.Module, trace: Trace | None = None) -> str:
     """Return what is to be said of a loss without a history when no parameter requires grad."""
     if next(model.parameters(), None) is None:
         return _words.error_note("no_parameters", None)
-    seen = None if trace is None else next(iter(trace.freezings.values()), None)
-    return _words.error_note("all_frozen", at(seen) or _first_freezing(model, most=4))
+    name = None if trace is None else next(iter(trace.freezings), None)
+    seen = None
+    if trace is not None and name is not None:
+        call = role_of("called here", at(trace.freezing_calls.get(name)))
+        seen = listed(at(trace.freezings[name]), call)
+    return _words.error_note("all_frozen", seen or _first_freezing(model, most=4))
 
 
 def _first_freezing(model: nn.Module, most: int = 1) -> str | None:
@@ -263,8 +282,12 @@ def _shared(trace: Trace) -> tuple[str | None, str | None]:
         return role_of("computed once, used by both", _given_to(last.place)), None
     named = _source.outer_assignment(taken.place[:2])
     once = listed(None if named is None else statement(named), _given_to(last.place))
+    earlier = trace.backwards[-2].place
+    # Where a helper's line is, the call of the helper before the earlier pass tells more.
+    calls = [] if earlier is None else _source.calls_before(earlier[:2], taken.place.code.co_name)
+    ways = map(statement, calls[-1:])
     return role_of("computed once, used by both", once), role_of(
-        "goes into the earlier one here", at(taken.place)
+        "goes into the earlier one here", listed(*ways, at(taken.place))
     )
 
 
@@ -376,3 +399,21 @@ def copied_whole(raised: Raised) -> str | None:
         return failing("copy_of_a_result")(raised)
     copied = None if failed is None else at(failed.place)
     return _words.error_note("copy_of_a_result", listed(f"{kept[0]} (kept here)", copied))
+
+
+def without_history(kind: str) -> Find:
+    """Explain a call on a tensor without a history by where that was lost."""
+
+    def find(raised: Raised) -> str | None:
+        failed = raised.failed
+        if failed is None:
+            return raising(kind)(raised)
+        read = failed.read if raised.asked is None else raised.asked.wanted
+        places = [*raised.callers_of(failed.place), failed.place]
+        makers = (raised.maker_of(n) for n in read if not raised.trace.values[n].tracked)
+        made = next((at(op.place) for op in makers if op is not None), None)
+        numbers = (*read, *failed.read)
+        cut = raised.cut_of(numbers) or frozen_behind(raised, numbers)
+        return _words.error_note(kind, listed(cut, role_of("made here", made), *map(at, places)))
+
+    return find

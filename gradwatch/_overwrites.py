@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING
 
 from gradwatch import _source, _words
 from gradwatch._calls import Kind
-from gradwatch._failure import Raised, at, failing, listed, role_of, statement
+from gradwatch._failure import (
+    Raised,
+    at,
+    failing,
+    layer_made_at,
+    listed,
+    local_owner,
+    role_of,
+    statement,
+)
 from gradwatch._histories import carried_over, kept_in_step
 from gradwatch._record import hooks_of
 
@@ -118,7 +127,10 @@ def behind_a_hook(raised: Raised) -> str | None:
     found = [s for code in codes[:1] for s in _source.registrations(code)]
     failed = raised.failed
     wrote = None if failed is None else at(failed.place)
-    return _words.error_note("behind_a_hook", listed(*map(statement, found[:1]), wrote))
+    layer = local_owner(raised.error, "self")
+    made = layer_made_at(raised.model, layer) if getattr(layer, "inplace", False) else None
+    in_place = role_of("changes its input in place", made)
+    return _words.error_note("behind_a_hook", listed(*map(statement, found[:1]), in_place, wrote))
 
 
 def culprit(

@@ -14,6 +14,8 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from gradwatch import _frames, _source, _words, explain
 from gradwatch._asked import (
     changed_by_a_hook,
@@ -42,6 +44,7 @@ from gradwatch._diagnose import not_looked_into
 from gradwatch._failure import (
     BY_PLACE,
     Raised,
+    asked_for_parameters,
     at,
     failing,
     hide_own,
@@ -49,7 +52,7 @@ from gradwatch._failure import (
     listed,
     raising,
     role_of,
-    without_history,
+    statement,
 )
 from gradwatch._histories import (
     copied_whole,
@@ -59,9 +62,10 @@ from gradwatch._histories import (
     no_history,
     outlived,
     switched_off,
+    without_history,
 )
 from gradwatch._overwrites import behind_a_hook, overwritten, view_without_history
-from gradwatch._record import unregistered
+from gradwatch._record import held_by, unregistered
 from gradwatch.report import Diagnosis, Status
 
 if TYPE_CHECKING:
@@ -111,7 +115,7 @@ def _note(
         said = [explain.render(diagnosis) for diagnosis in missing]
         return "\n\n".join([_words.error_note("ddp", None), *said]) if missing else None
     if "optimizer got an empty parameter list" in message:
-        return _nothing_registered(model)
+        return _nothing_registered(error, model)
     for words, find in _KINDS:
         if words in message:
             if inspection is not None:
@@ -122,13 +126,26 @@ def _note(
     return None
 
 
-def _nothing_registered(model: nn.Module) -> str | None:
-    """Explain a model without parameters by those that it hides."""
-    found = next(unregistered(model), None)
-    if found is None or next(model.parameters(), None) is not None:
+def _nothing_registered(error: Exception, model: nn.Module) -> str | None:
+    """Explain a module without parameters by those that it hides, or by what was computed from one."""
+    module = asked_for_parameters(error) or model
+    if next(module.parameters(), None) is not None:
         return None
-    advice = _words.register(found.kind.__name__)
-    return _words.error_note("empty_list", None, not_looked_into(found), advice)
+    found = next(unregistered(module), None)
+    last = last_of_user(error)
+    if found is not None:
+        advice = _words.register(found.kind.__name__)
+        return _words.error_note("nothing_registered", at(last), not_looked_into(found), advice)
+    for inner in module.modules():
+        for name, value in held_by(inner):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                kept = _source.keepings(type(inner), name)[:1]
+                made = [s for store in kept for s in _source.assigned_before(store)]
+                places = listed(*map(statement, [*made, *kept]), at(last))
+                return _words.error_note(
+                    "no_parameter_made", places, f"{type(inner).__name__}.{name}"
+                )
+    return None
 
 
 def _none_untraced(error: Exception, known: tuple[Diagnosis, ...]) -> str | None:
@@ -196,6 +213,7 @@ _KINDS: tuple[tuple[str, Find], ...] = (
     ),
     ("Can't call numpy() on Tensor that requires grad", failing("numpy")),
     ("nly Tensors of floating point", failing("integer")),
+    ("Can't detach views in-place", failing("detach_of_a_view")),
     ("Only Tensors created explicitly by the user", copied_whole),
     ("appears to not have been used in the graph", not_in_graph),
     ("One of the differentiated Tensors does not require grad", without_history("not_wanting")),

@@ -200,6 +200,8 @@ class Record:
     """The operation that last changed a gradient after backward."""
     freezings: dict[str, Place | None] = field(default_factory=dict)
     """Where ``requires_grad`` of a parameter was last switched off."""
+    freezing_calls: dict[str, Place] = field(default_factory=dict)
+    """The call of the function that did so, where that is no method."""
     read_flags: dict[str, bool] = field(default_factory=dict)
     """Per parameter that was read, whether it required grad at any of the reads."""
     modules_run: set[str] = field(default_factory=set)

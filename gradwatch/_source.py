@@ -20,7 +20,7 @@ from types import CodeType, FunctionType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 Step = tuple[CodeType, int]
 """A code object and the instruction that was running."""
@@ -335,6 +335,100 @@ def stores(step: Step) -> list[Statement]:
     return _statements(code.co_filename, [n for *_, n in sorted(found, key=lambda f: f[:2])])
 
 
+def owner_stores(step: Step, name: str) -> list[Statement]:
+    """Return where a file keeps that of which a line reads an attribute: `self.xys` of `self.xys.grad.norm()`."""
+    inside, line = function(step[0]) or tree(step[0].co_filename), span(step)
+    nodes = () if inside is None or line is None else ast.walk(inside)
+    owners = {
+        last_name(node.value)
+        for node in nodes
+        if isinstance(node, ast.Attribute) and node.attr == name and _is_in_line(node, line)
+    }
+    return _kept_under(step[0].co_filename, owners)
+
+
+def argument_stores(step: Step) -> list[Statement]:
+    """Return where a file keeps what a call is given first: `self.tokens` of `Adam(self.tokens, lr=self.lr)`."""
+    inside = function(step[0]) or tree(step[0].co_filename)
+    read = None if inside is None else expression(step, inside)
+    given = read.args[:1] if isinstance(read, ast.Call) else []
+    attributes = (
+        node for arg in given for node in ast.walk(arg) if isinstance(node, ast.Attribute)
+    )
+    return _kept_under(step[0].co_filename, {node.attr for node in attributes})
+
+
+def _kept_under(file: str, names: Collection[str]) -> list[Statement]:
+    """Return where a file keeps something in attributes of some names, the tellest statement first."""
+    module = tree(file)
+    ranked = [
+        (rank, node)
+        for node in (() if module is None else ast.walk(module))
+        for name in names
+        if (rank := _keeps(node, name, "")) is not None
+    ]
+    return _statements(file, [node for _, node in sorted(ranked, key=lambda pair: pair[0])])
+
+
+def _is_in_line(node: ast.expr, line: tuple[int, ...] | None) -> bool:
+    return line is not None and node.lineno <= line[0] <= (node.end_lineno or node.lineno)
+
+
+def calls_before(step: Step, name: str) -> list[Statement]:
+    """Return the statements of a function that call another one by name before an expression, in their order."""
+    inside, place = function(step[0]), span(step)
+    if inside is None or place is None:
+        return []
+    simple = [n for n in own_nodes(inside) if isinstance(n, (ast.Assign, ast.Expr, ast.Return))]
+    calls = [n for n in simple if any(_calls(inner, name) for inner in ast.walk(n))]
+    found = sorted(_statements(step[0].co_filename, calls), key=lambda call: call.line)
+    return [call for call in found if call.line <= place[0]]
+
+
+def returned_by(found: Statement) -> list[Statement]:
+    """Return the last ``return`` of the function of the same file that a statement calls for its value."""
+    module = tree(found.file)
+    nodes = [] if module is None else list(ast.walk(module))
+    values = [n.value for n in nodes if isinstance(n, ast.Assign) and n.lineno == found.line]
+    names = {called(value) for value in values if isinstance(value, ast.Call)}
+    definitions = [n for n in nodes if isinstance(n, ast.FunctionDef) and n.name in names]
+    if len(definitions) != 1:
+        return []
+    returns = [n for n in own_nodes(definitions[0]) if isinstance(n, ast.Return) and n.value]
+    return _statements(found.file, sorted(returns, key=lambda node: node.lineno)[-1:])
+
+
+def assigned_before(found: Statement) -> list[Statement]:
+    """Return what assigned the local name that a statement keeps: `centers = ...` of `self.centers = centers`."""
+    module = tree(found.file)
+    for inside in () if module is None else ast.walk(module):
+        nodes = list(own_nodes(inside)) if isinstance(inside, ast.FunctionDef) else []
+        for node in nodes:
+            if isinstance(node, ast.Assign) and node.lineno == found.line:
+                name = last_name(node.value) if isinstance(node.value, ast.Name) else ""
+                return _statements(found.file, _assigned(name, nodes, found.line)[-1:])
+    return []
+
+
+def owner_of_call(step: Step, method: str) -> list[str]:
+    """Return the names of the chain whose method a line calls: `model`, `head` of `model.head.parameters()`."""
+    inside, line = function(step[0]) or tree(step[0].co_filename), span(step)
+    for node in () if inside is None or line is None else ast.walk(inside):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == method
+            and _is_in_line(node, line)
+        ):
+            names: list[str] = []
+            held = node.func.value
+            while isinstance(held, ast.Attribute):
+                names.insert(0, held.attr)
+                held = held.value
+            return [held.id, *names] if isinstance(held, ast.Name) else []
+    return []
+
+
 def fillings(step: Step) -> list[Statement]:
     """Return where a file fills the attribute from which a loop takes what an expression is given."""
     inside, module = function(step[0]) or tree(step[0].co_filename), tree(step[0].co_filename)
@@ -413,7 +507,9 @@ def _run_by_forward(module: ast.Module, cls: type) -> Iterator[ast.AST]:
         inside = methods.get(name) or others.get(name)
         if name not in seen and isinstance(inside, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield inside
-            todo += [called(node) for node in own_nodes(inside) if isinstance(node, ast.Call)]
+            calls = [node for node in own_nodes(inside) if isinstance(node, ast.Call)]
+            todo += map(called, calls)
+            todo += [last_name(c.args[0]) for c in calls if called(c) == "checkpoint" and c.args]
         seen.add(name)
 
 
@@ -433,6 +529,9 @@ def _changed(part: ast.AST, outer: set[str]) -> Iterator[str]:
                 yield held.attr
             elif node.func.attr in _DRAWS and root_of(held) != "torch":
                 yield last_name(held)
+            # A checkpoint rewinds the global generators alone.
+            own = [k.value for k in node.keywords if k.arg == "generator"]
+            yield from (last_name(generator) for generator in own if last_name(generator))
 
 
 def outer_assignment(step: Step) -> Statement | None:

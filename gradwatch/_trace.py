@@ -963,6 +963,9 @@ class Trace(Record):
         wants = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
         if name is not None and not wants and args[0].requires_grad:
             self.freezings[name] = _frames.here(sys._getframe(4))
+            call = _frames.call_of_function(sys._getframe(4))
+            if call is not None:
+                self.freezing_calls[name] = call
 
     def know_gradients(self) -> None:
         """Learn which tensors are gradients now, so that writes to them are told from others."""

@@ -311,6 +311,11 @@ def never_stepped(position: int, names: Sequence[str]) -> str:
     )
 
 
+def called_at(site: Site) -> str:
+    """Say where a function was called."""
+    return f"called at {place(site)}"
+
+
 def switched_off(site: Site) -> str:
     """Say where gradient mode was switched off."""
     return f"gradient mode was switched off at {place(site)}"
@@ -443,10 +448,6 @@ ERRORS = {
         "this step was not traced, so that the line at the root is not known",
         "run the step inside of `with gradwatch.diagnose(model):` to find it",
     ),
-    "empty_list": (
-        "the model registers no parameter: {1}",
-        "{2}",
-    ),
     "no_parameters": (
         "the model has no parameters, so the loss has no history",
         "assign layers to attributes of the module: a plain list or dictionary does not register them",
@@ -502,7 +503,19 @@ ERRORS = {
     ),
     "recomputed": (
         "what runs inside of this checkpoint does something else when backward runs it again",
-        "let it depend on its arguments alone: no counter, no random number of Python's, no state that it changes",
+        "let it depend on its arguments alone: no counter, no random number of Python's or of a generator of its own, no state that it changes",
+    ),
+    "detach_of_a_view": (
+        "a view of another tensor cannot be detached in place",
+        "write `x = x.detach()` in place of `x.detach_()`",
+    ),
+    "nothing_registered": (
+        "the module registers no parameter: {1}",
+        "{2}",
+    ),
+    "no_parameter_made": (
+        "the module registers no parameter: `{1}` is the result of an operation, which is none",
+        "make the parameter last: `self.weight = nn.Parameter(...)` around all that is computed",
     ),
     "no_leaf": (
         "an optimizer is given the result of this operation, which is no leaf",

@@ -589,20 +589,36 @@ class ByAHelper(Switched):
 
 class ByInferenceMode(Switched):
     def encoded(self, x):
-        with torch.inference_mode():
+        with torch.inference_mode():  # <- here
             h = self.enc(x)
         return h.clone()
 
 
-@pytest.mark.parametrize("kind", [ByWith, ByDecorator, ByAHelper, ByInferenceMode])
+class ByAnInferenceModeAround(Switched):
+    """The layers that run inside of a decorated function do not show the decorator."""
+
+    @torch.inference_mode()  # <- here
+    def inner(self, x):
+        return self.body(x)
+
+    def body(self, x):
+        return self.enc(x)
+
+    def encoded(self, x):
+        return self.inner(x).clone()
+
+
+@pytest.mark.parametrize(
+    "kind", [ByWith, ByDecorator, ByAHelper, ByInferenceMode, ByAnInferenceModeAround]
+)
 def test_the_line_that_switched_gradients_off_is_named(kind):
-    """Beside the operation a note names the switch, where it is known: torch does not tell of inference mode."""
+    """Beside the operation a note names the switch; that of inference mode is found in the text."""
     (found,) = run_model(kind()).diagnoses
 
     line = guilty_line(kind)
     said = [note for note in found.notes if "switched off" in note]
     assert found.cause is Cause.NO_GRAD
-    assert [f"test_diagnose.py:{line}: `" in note for note in said] == [True] * (line is not None)
+    assert [f"test_diagnose.py:{line}: `" in note for note in said] == [True]
 
 
 def run_model(model):

@@ -2108,6 +2108,150 @@ class Store:
         return key
 
 
+class OwnGeneratorInACheckpoint(Net):
+    words = "different metadata"
+    advice = "generator of its own"
+
+    def __init__(self):
+        super().__init__()
+        self.random = torch.Generator().manual_seed(0)
+
+    def chosen(self, x):
+        noise = torch.rand(len(x), generator=self.random)  # <- here
+        return self.enc(x[noise > noise[0]] if noise[0] < 0.4 else x)
+
+    def forward(self, x):
+        h = x
+        for _ in range(8):
+            h = checkpoint(self.chosen, torch.cat([h, x])[:4], use_reentrant=False)
+        return self.head(h).mean()
+
+
+class GradOfAnAttribute(Net):
+    words = "'NoneType' object has no attribute 'norm'"
+    advice = ".retain_grad()"
+
+    def doubled(self, x):
+        return self.enc(x) * 2
+
+    def run(self, x):
+        self.middle = self.doubled(x)  # <- here
+        self.head(self.middle).mean().backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self.middle.grad.norm()
+
+
+class TokensOfAnEncoder(Net):
+    words = "can't optimize a non-leaf Tensor"
+    advice = "make it a leaf"
+
+    def __init__(self):
+        super().__init__()
+        self.rate = 0.1
+        self.tokens = self.made(torch.ones(4, 3))
+
+    def made(self, x):
+        h = self.enc(x)
+        return [h[i] for i in range(2)]  # <- here
+
+    def forward(self, x):
+        optimizer = torch.optim.SGD(self.tokens, lr=self.rate)
+        optimizer.zero_grad()
+        return self.head(x * self.tokens[0]).mean()
+
+
+class CentersCastTooLate(Net):
+    words = "optimizer got an empty parameter list"
+    advice = "make the parameter last"
+
+    class Centers(nn.Module):
+        """It keeps what was computed from a parameter."""
+
+        def __init__(self):
+            super().__init__()
+            centers = nn.Parameter(torch.ones(3)).double()  # <- here
+            self.centers = centers
+
+    def __init__(self):
+        super().__init__()
+        self.part = self.Centers()
+
+    def forward(self, x):
+        torch.optim.SGD(self.part.parameters(), 0.1)
+        return self.head(self.enc(x)).mean()
+
+
+def toggle(module, flag):
+    for parameter in module.parameters():
+        parameter.requires_grad_(flag)
+
+
+class FrozenByAFlag(Net):
+    words = "does not require grad and does not have a grad_fn"
+    advice = "called "
+    switch = "requires_grad_(flag)"
+
+    def forward(self, x):
+        toggle(self, False)  # <- here
+        return self.head(self.enc(x)).mean()
+
+
+class JudgedByAHelper(Net):
+    words = "Trying to backward through the graph a second time"
+    advice = "`.detach()` what one should not train"
+
+    def judged(self, h):
+        return self.head(h).mean()
+
+    def step(self, fake):
+        error = self.judged(fake)  # <- here
+        error.backward()
+
+    def run(self, x):
+        fake = self.enc(x).tanh()
+        self.step(fake)
+        self.judged(fake).backward()
+
+
+class InPlaceLayerBehindABackwardHook(Net):
+    words = "BackwardHookFunction is a view"
+    advice = "inplace=False"
+
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)  # <- here
+        self.enc.register_full_backward_hook(lambda *_: None)
+
+    def forward(self, x):
+        return self.head(self.act(self.enc(x))).mean()
+
+
+class HookBehindFrozenLayers(Net):
+    words = "cannot register a hook on a tensor that doesn't require"
+    advice = "if x.requires_grad"
+
+    def __init__(self):
+        super().__init__()
+        for parameter in self.enc.parameters():
+            parameter.requires_grad = False  # <- here
+
+    def forward(self, x):
+        h = self.enc(x)
+        h.register_hook(print)
+        return self.head(h).mean()
+
+
+class ViewDetachedInPlace(Net):
+    words = "Can't detach views in-place"
+    advice = "x = x.detach()"
+
+    def forward(self, x):
+        h = self.enc(x).reshape(3, 4)
+        h.detach_()  # <- here
+        return self.head(h.reshape(4, 3)).mean()
+
+
 CASES = [
     value
     for value in globals().values()
@@ -2567,8 +2711,9 @@ def test_an_optimizer_without_parameters_is_led_back_to_a_plain_list():
     line = inspect.getsourcelines(InAList)[1] + 3
     assert caught.value.__notes__ == [
         (
-            "GradWatch: the model registers no parameter: `InAList.layers` is not registered, `parameters()` "
+            "GradWatch: the module registers no parameter: `InAList.layers` is not registered, `parameters()` "
             f"does not look into it: {shown_path(__file__)}:{line}: `self.layers = [nn.Linear(3, 1)]`\n"
+            f"  --> {shown_path(__file__)}:{line + 7}: `torch.optim.SGD(model.parameters(), 0.1)`\n"
             "  = help: use `nn.ModuleList` or `nn.ParameterList` in place of the list"
         )
     ]
