@@ -103,8 +103,6 @@ class Inspection(BackwardListener):
         self.sizes = sizes
         self.sensor = Sensor(self.parameters, each=True)
         self._on_step = on_step
-        self._steps: list[tuple[frozenset[str], int]] = []
-        """What each optimizer step wrote, and the number of backward passes before it."""
         self._followed: dict[tuple[int, ...], dict[str, list[Cut]]] = {}
         """What was followed from some of the losses alone, while parameters are explained."""
         self.unseen: frozenset[str] = frozenset()
@@ -163,7 +161,6 @@ class Inspection(BackwardListener):
 
     def before_step(self, written: frozenset[str]) -> None:
         """Hand on that an optimizer is about to write."""
-        self._steps.append((written, len(self.trace.backwards)))
         if self.trace.in_backward:
             self.unseen |= written  # the optimizer steps and empties `.grad` inside of backward
         elif self._on_step is not None:
@@ -241,14 +238,14 @@ class Inspection(BackwardListener):
         return [root for backward in passes or self.trace.backwards for root in backward.roots]
 
     def _own_backwards(self, name: str) -> list[Backward]:
-        """Return the backward passes between the step of another optimizer and that of its own."""
-        begin = 0
-        for written, end in self._steps:
-            own = [passed for passed in self.trace.backwards[begin:end] if passed.accumulates]
+        """Return the backward passes between the step of another optimizer and that of its own, or those before."""
+        begin, own = 0, list[Backward]()
+        for written, end in (*self.trace.spans, (frozenset([name]), len(self.trace.backwards))):
+            own = [p for p in self.trace.backwards[begin:end] if p.accumulates] or own
             if own and name in written:
-                return own
+                break
             begin = end
-        return [passed for passed in self.trace.backwards[begin:] if passed.accumulates]
+        return own
 
     def _cuts(self, name: str, flow: Flow) -> list[Cut]:
         """Return the cuts of a parameter: those from the loss that its optimizer lowers come first."""

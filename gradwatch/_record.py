@@ -192,6 +192,8 @@ class Record:
     """Operations that ran before each micro-batch."""
     steps: list[tuple[Place | None, frozenset[str]]] = field(default_factory=list)
     """Optimizer steps: where, and the parameters they wrote."""
+    spans: list[tuple[frozenset[str], int]] = field(default_factory=list)
+    """What each optimizer step wrote, those with a closure too, and the number of backward passes before its end."""
     clearings: dict[str, Place | None] = field(default_factory=dict)
     """Where gradients were emptied since the last backward pass that filled them."""
     assigned: set[str] = field(default_factory=set)

@@ -423,19 +423,24 @@ class Trace(Record):
             self.give_up(error)
 
     def _note_step(self, optimizer: Any) -> None:
-        written = frozenset(
+        written = self._written_by(optimizer)
+        self.steps.append((_frames.here(sys._getframe(2)), written))
+        self.spans.append((written, len(self.backwards)))
+        self._listener.before_step(written)
+
+    def _written_by(self, optimizer: Any) -> frozenset[str]:
+        return frozenset(
             self._names[id(tensor)]
             for group in optimizer.param_groups
             for tensor in group["params"]
             if id(tensor) in self._names
         )
-        self.steps.append((_frames.here(sys._getframe(2)), written))
-        self._listener.before_step(written)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         try:
             if has_closure(args, kwargs):
                 self._closures -= 1
+                self.spans.append((self._written_by(optimizer), len(self.backwards)))
             else:
                 self.recording = self._was_recording and self.broken is None
             for group in optimizer.param_groups:
