@@ -137,6 +137,10 @@ class Inspection(BackwardListener):
         """Names of those that hold a gradient of this step, from a backward pass or by hand."""
         return (self.sensor.arrived | self.trace.assigned) - self.trace.clearings.keys()
 
+    def module_at(self, path: str | None) -> nn.Module | None:
+        """Return the module at a path, if there is one."""
+        return None if path is None else self._modules.get(path)
+
     @property
     def reached(self) -> set[int]:
         """The ``id`` of each leaf that the losses' graphs lead to."""

@@ -75,10 +75,7 @@ class Raised:
         stack = users_own(self.error)
         while stack and place is not None and stack[-1][:2] != place[:2]:
             stack.pop()
-        found: list[_frames.Place] = []
-        while len(stack) > 1 and _source.is_of_arguments(stack.pop()[:2]):
-            found.insert(0, stack[-1])
-        return found
+        return _choosers(stack)
 
     def cut_of(self, numbers: Iterable[int]) -> str | None:
         """Return where values lost their history: an operation, or the freezing of what they came from."""
@@ -122,6 +119,19 @@ class Raised:
         """Return the operation that made a value, where it ran in this step."""
         producer = self.trace.values[number].producer
         return None if producer is None else self.trace.ops[producer]
+
+
+def callers_in(stack: Iterable[tuple[Any, int]]) -> list[_frames.Place]:
+    """Return the same of an operation whose frames were kept, the innermost first."""
+    steps = [step for step in stack if _frames.owner(step[0]) is _frames.Owner.USER]
+    return _choosers([_frames.Place(*step) for step in reversed(steps)])
+
+
+def _choosers(stack: list[_frames.Place]) -> list[_frames.Place]:
+    found: list[_frames.Place] = []
+    while len(stack) > 1 and _source.is_of_arguments(stack.pop()[:2]):
+        found.insert(0, stack[-1])
+    return found
 
 
 def begun_at(error: Exception) -> list[Any]:

@@ -17,6 +17,7 @@ from gradwatch._calls import Kind
 from gradwatch._failure import (
     Raised,
     at,
+    callers_in,
     failing,
     layer_made_at,
     listed,
@@ -60,7 +61,10 @@ def overwritten(raised: Raised) -> str | None:
         named = is_result and stem(found[2] or "") != "AsStrided"
         maker = found[2] if named else None
         kind = "overwritten" if maker is None else "overwritten_result"
-        where = listed(at(write.place), at(write.around))
+        where = listed(*map(at, callers_in(write.stack)), at(write.place), at(write.around))
+        layer = raised.inspection.module_at(write.module)
+        if getattr(layer, "inplace", False):
+            where = listed(where, role_of("made here", layer_made_at(raised.model, layer)))
         return _words.overwritten(kind, where, write.operation, maker)
     return _written_unseen(raised, shape, found[2]) or (
         _words.overwritten("overwritten", at(later[0].place), later[0].operation, None)

@@ -166,6 +166,9 @@ class Write:
     """The values that took their place."""
     around: Place | None = None
     """The call of a Function or the like in which it ran."""
+    stack: tuple[tuple[Any, int], ...] = ()
+    module: str | None = None
+    """Path of the module in which it ran, be it one of torch's own."""
 
 
 @dataclass(slots=True)

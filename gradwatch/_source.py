@@ -129,6 +129,8 @@ def is_of_arguments(step: Step) -> bool:
     }
     arguments |= taken.keys()
     own = {id(name) for loop in taken.values() for name in ast.walk(loop.target)}
+    # What is changed in place stays what the caller gave.
+    own |= {id(node.target) for node in own_nodes(inside) if isinstance(node, ast.AugAssign)}
     changed = {
         node.id
         for node in own_nodes(inside)

@@ -918,6 +918,8 @@ class Trace(Record):
         write = Write(op.inner or op.place, targets_before, version_of(tensor), operation)
         write.around = op.place if inside else None
         write.before, write.made = tuple(op.kept.values()), tuple(op.kept)
+        write.stack = _frames.stack(sys._getframe(1))
+        write.module = self._paths.get(id(self._running[-1][2])) if self._running else None
         self.writes.append(write)
 
     def _rewrite(self, target: Tensor, op: Op) -> tuple[int, int]:

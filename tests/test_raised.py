@@ -2252,6 +2252,36 @@ class ViewDetachedInPlace(Net):
         return self.head(h.reshape(4, 3)).mean()
 
 
+def centred(h):
+    h -= h.mean()
+    return h
+
+
+class ChangedByAHelper(Net):
+    words = "modified by an inplace operation"
+    advice = "x = x - y"
+    switch = "`h -= h.mean()`"
+
+    def forward(self, x):
+        h = self.enc(x).sigmoid()
+        centred(h)  # <- here
+        return self.head(h).mean()
+
+
+class InPlaceLayerOverASum(Net):
+    words = "modified by an inplace operation"
+    advice = "inplace=False"
+    switch = "self.act(h) + h"
+
+    def __init__(self):
+        super().__init__()
+        self.act = nn.Sequential(nn.ReLU(inplace=True))  # <- here
+
+    def forward(self, x):
+        h = self.enc(x).sigmoid()
+        return self.head(self.act(h) + h).mean()
+
+
 CASES = [
     value
     for value in globals().values()
