@@ -17,8 +17,51 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import torch
-
+from gradwatch._bindings import (
+    ABOUT_THE_FORM,
+    ASK_FOR_THE_TYPE,
+    CONTAINERS,
+    COUNTING,
+    FINITE,
+    LIKE,
+    OF_MAPPINGS,
+    OF_TENSORS,
+    SAYING,
+    WRITERS,
+    Key,
+    any_class,
+    arguments_of,
+    deciding,
+    declared_in,
+    homes_in,
+    local_names,
+    mutated_in,
+    nodes_of,
+    owner_of_memory,
+    parameters_given,
+    read_by_inner,
+    readings_of,
+    stores_name,
+    values_of,
+    writes_into,
+)
+from gradwatch._shapes import (
+    ANY_KEY,
+    EACH,
+    NOWHERE,
+    WHOLE,
+    Part,
+    Path,
+    Shape,
+    constant_of,
+    element_of,
+    held_at,
+    iterated,
+    key_of,
+    part_of,
+    positions_in,
+    unordered,
+)
 from gradwatch._source import (
     FILLERS,
     Function,
@@ -28,9 +71,7 @@ from gradwatch._source import (
     expression,
     function,
     last_name,
-    own_nodes,
     owner_of,
-    root_of,
     span,
     span_of,
     targets_of,
@@ -43,76 +84,11 @@ if TYPE_CHECKING:
 _INNER = {"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"}
 _MANY = 3
 """Functions of one name in a file beyond which a call is not followed: none of them is meant for sure."""
-_WRITERS = {
-    "copyto": 0,
-    "at": 0,
-    "put": 0,
-    "place": 0,
-    "putmask": 0,
-    "fill_diagonal": 0,
-    "save": 0,
-    "savez": 0,
-    "savetxt": 0,
-    "dump": 1,
-    "heappush": 0,
-    "heapreplace": 0,
-    "heappushpop": 0,
-    "insort": 0,
-    "insort_left": 0,
-    "insort_right": 0,
-}
-"""Functions of NumPy and of the standard library that write into one of their arguments, with its position."""
-_SAME_MEMORY = {"numpy", "detach", "cpu", "view", "reshape", "ravel", "data", "T"}
-"""Methods and attributes whose result lies over the memory of the tensor or array."""
 
-# Shapes: which parts of a thing hold the value --------------------------------------------------------------
-
-Part = int | str
-"""The position of an element, the key of one, the name of a field; ``EACH`` for any element of a sequence, and
-``ANY_KEY`` for what is under any key of a mapping."""
-EACH = "*"
-ANY_KEY = "**"
-Path = tuple[Part, ...]
-Shape = frozenset[Path]
-"""Where in a thing the value is: ``()`` for the thing itself, ``("aux",)`` for one item, nothing for nowhere."""
-NOWHERE: Shape = frozenset()
-WHOLE: Shape = frozenset({()})
 _ROUNDS = 100
 """Times that a function is read: no text needs so many, and no mistake of ours may keep a user waiting."""
 _MOST = 100
 """Parts beyond which a thing counts as a whole."""
-_DEEPEST = 4
-"""Parts of parts beyond which a thing counts as a whole, so that loops come to an end."""
-
-
-def _inside(part: Part, shape: Shape) -> Shape:
-    """Return the shape of a container that holds a thing at one place."""
-    return frozenset((part, *path) if len(path) < _DEEPEST else () for path in shape)
-
-
-def _part(shape: Shape, *parts: Part) -> Shape:
-    """Return the shape of one part of a container; of a whole, a part is the whole again."""
-    wanted = {*parts, EACH, ANY_KEY}
-    return frozenset(path[1:] for path in shape if not path or path[0] in wanted)
-
-
-def _element(shape: Shape) -> Shape:
-    """Return the shape of any one element, whatever its place or key."""
-    return frozenset(path[1:] for path in shape)
-
-
-def _iterated(shape: Shape) -> Shape:
-    """Return the shape of what a loop over a container hands out: of a mapping only the keys."""
-    elements = (path for path in shape if not path or path[0] == EACH or isinstance(path[0], int))
-    return frozenset(path[1:] for path in elements)
-
-
-def _unordered(shape: Shape) -> Shape:
-    """Return the shape of a container whose elements may have changed their places."""
-    return frozenset(
-        (EACH, *path[1:]) if path and isinstance(path[0], int) else path for path in shape
-    )
-
 
 # What is asked ------------------------------------------------------------------------------------------------
 
@@ -188,7 +164,7 @@ class Marks:
         found = None if marked is None else expression(use.step, marked.node)
         if marked is not None and found is not None:
             # The operation itself is torch's, also where a function of the file bears its name.
-            parts = [*_arguments(found), found.func] if isinstance(found, ast.Call) else [found]
+            parts = [*arguments_of(found), found.func] if isinstance(found, ast.Call) else [found]
             if marked.governs(found) or any(map(marked.chooses, parts)):
                 return True
             operands = parts if use.plain is None else _operands(found, use)
@@ -291,7 +267,7 @@ def _operands(node: ast.AST, use: Use) -> list[ast.AST]:
             found.append(node.func)  # a `partial` brings what the text does not show
         return [*found, *(named[k] for k in plain if isinstance(k, str) and k in named)]
     if isinstance(node, ast.Call):
-        return [*_arguments(node), node.func] if plain else []
+        return [*arguments_of(node), node.func] if plain else []
     return [node] if plain else []
 
 
@@ -304,10 +280,6 @@ class _Returned:
 
     shape: Shape = NOWHERE
     chosen: bool = False
-
-
-Key = tuple[object, ...]
-"""What can be marked: a name, an attribute, a module's name; for what was chosen also one item of a container."""
 
 
 @dataclass(slots=True)
@@ -353,7 +325,7 @@ class _Marked:
         self._news = shared.news
         self._own = _MarkSets(self._news)
         self._file = file
-        self._locals = set(_local_names(node))
+        self._locals = set(local_names(node))
         self._class = owner_of(tree(file)).get(node)
         self._seeds: dict[ast.AST, list[_Returned]] = {}
         """What expressions get of the value from elsewhere; from each of the functions that a call may mean."""
@@ -411,30 +383,30 @@ class _Marked:
 
     def _carries(self, name: str) -> bool:
         """Tell whether a name is that of a function defined here whose text reads what is marked."""
-        read = _read_by_inner(self.node).get(name, frozenset())
+        read = read_by_inner(self.node).get(name, frozenset())
         return any(("name", each) in self._own.data for each in read)
 
     def _of_attribute(self, node: ast.Attribute) -> Shape:
         stored = self._stored(self._key(node))
-        if stored or node.attr in _ABOUT_THE_FORM:
+        if stored or node.attr in ABOUT_THE_FORM:
             return stored
         held = self.shape(node.value)
-        return _part(held, node.attr, *_positions(held))
+        return part_of(held, node.attr, *positions_in(held))
 
     def _of_subscript(self, node: ast.Subscript) -> Shape:
         held = self.shape(node.value)
         if isinstance(node.slice, ast.Slice):
-            return _unordered(held)
+            return unordered(held)
         if isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, (int, str)):
-            return _part(held, node.slice.value)
-        return _element(held)
+            return part_of(held, node.slice.value)
+        return element_of(held)
 
     def _of_sequence(self, node: ast.Tuple | ast.List | ast.Set) -> Shape:
         moved = any(isinstance(part, ast.Starred) for part in node.elts)
         shapes = [
-            _unordered(self.shape(part.value))
+            unordered(self.shape(part.value))
             if isinstance(part, ast.Starred)
-            else _inside(EACH if moved else position, self.shape(part))
+            else held_at(EACH if moved else position, self.shape(part))
             for position, part in enumerate(node.elts)
         ]
         return NOWHERE.union(*shapes)
@@ -442,16 +414,16 @@ class _Marked:
     def _of_dict(self, node: ast.Dict) -> Shape:
         return NOWHERE.union(
             *(
-                self.shape(value) if key is None else _inside(_key_of(key), self.shape(value))
+                self.shape(value) if key is None else held_at(key_of(key), self.shape(value))
                 for key, value in zip(node.keys, node.values, strict=True)
             )
         )
 
     def _of_comprehension(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp) -> Shape:
-        return _inside(EACH, self.shape(node.elt))
+        return held_at(EACH, self.shape(node.elt))
 
     def _of_dict_comprehension(self, node: ast.DictComp) -> Shape:
-        return _inside(ANY_KEY, self.shape(node.value))
+        return held_at(ANY_KEY, self.shape(node.value))
 
     def _of_choice(self, node: ast.IfExp) -> Shape:
         return self.shape(node.body) | self.shape(node.orelse)
@@ -464,33 +436,33 @@ class _Marked:
 
     def _of_call(self, node: ast.Call) -> Shape:
         name = called(node)
-        if name in _ABOUT_THE_FORM | _ASK_FOR_THE_TYPE or _known(self._file, node):
+        if name in ABOUT_THE_FORM | ASK_FOR_THE_TYPE or _known(self._file, node):
             return NOWHERE  # what a known function returns of the value is a seed
-        if name in _LIKE:
-            return self._any(_arguments(node)[1:])
+        if name in LIKE:
+            return self._any(arguments_of(node)[1:])
         for how in (self._of_builtin, self._of_method, self._of_class):
             made = how(node, name)
             if made is not None:
                 return made
         # A method of a tensor's may bear the name of an attribute that is marked: `x.sum()`, `meter.sum`.
         function_ = node.func
-        if isinstance(function_, ast.Attribute) and name in _OF_TENSORS:
+        if isinstance(function_, ast.Attribute) and name in OF_TENSORS:
             function_ = function_.value
-        return self._any([*_arguments(node), function_])
+        return self._any([*arguments_of(node), function_])
 
     def _of_class(self, node: ast.Call, name: str) -> Shape | None:
         """Return the shape of an object that is made."""
         if not name[:1].isupper():
             return None
         shapes = [self.shape(argument) for argument in node.args]
-        if name in _CONTAINERS:
-            return NOWHERE.union(*map(_unordered, shapes), *self._keywords(node))
-        places = [_inside(position, shape) for position, shape in enumerate(shapes)]
+        if name in CONTAINERS:
+            return NOWHERE.union(*map(unordered, shapes), *self._keywords(node))
+        places = [held_at(position, shape) for position, shape in enumerate(shapes)]
         return NOWHERE.union(*places, *self._keywords(node))
 
     def _keywords(self, node: ast.Call) -> list[Shape]:
         return [
-            self.shape(k.value) if k.arg is None else _inside(k.arg, self.shape(k.value))
+            self.shape(k.value) if k.arg is None else held_at(k.arg, self.shape(k.value))
             for k in node.keywords
         ]
 
@@ -503,34 +475,34 @@ class _Marked:
         first = NOWHERE.union(*arguments[:1])
         found: Shape | None = None
         if name == "zip":
-            pairs = [_inside(i, _iterated(shape)) for i, shape in enumerate(arguments)]
-            found = _inside(EACH, NOWHERE.union(*pairs))
+            pairs = [held_at(i, iterated(shape)) for i, shape in enumerate(arguments)]
+            found = held_at(EACH, NOWHERE.union(*pairs))
         elif name == "enumerate":
-            found = _inside(EACH, _inside(1, _iterated(first)))
+            found = held_at(EACH, held_at(1, iterated(first)))
         elif name in {"list", "tuple", "reversed", "set", "iter", "deque", "frozenset"}:
-            found = _unordered(first)
+            found = unordered(first)
         elif name == "dict":
             found = NOWHERE.union(first, *self._keywords(node))
         elif name == "next":
-            found = _iterated(first)
+            found = iterated(first)
         return found
 
     def _of_method(self, node: ast.Call, name: str) -> Shape | None:
-        if not isinstance(node.func, ast.Attribute) or name not in _OF_MAPPINGS:
+        if not isinstance(node.func, ast.Attribute) or name not in OF_MAPPINGS:
             return None
         held = self.shape(node.func.value)
         if name == "keys":
             found = held & WHOLE
         elif name == "items":
-            found = _inside(EACH, _inside(1, _element(held)))
+            found = held_at(EACH, held_at(1, element_of(held)))
         elif name == "values":
-            found = _inside(EACH, _element(held))
+            found = held_at(EACH, element_of(held))
         elif name == "copy":
             found = held
         else:
-            key = _constant(node.args[0]) if node.args else EACH
+            key = constant_of(node.args[0]) if node.args else EACH
             default = NOWHERE.union(*map(self.shape, node.args[1:]))
-            found = (_element(held) if key == EACH else _part(held, key)) | default
+            found = (element_of(held) if key == EACH else part_of(held, key)) | default
         return found
 
     # Choice -----------------------------------------------------------------------------------------
@@ -541,12 +513,12 @@ class _Marked:
             return True
         if isinstance(node, ast.Call) and _known(self._file, node):
             return False  # what it returns of the value is a seed
-        return any(map(self.depends, _deciding(node))) or self._finds_chosen(node)
+        return any(map(self.depends, deciding(node))) or self._finds_chosen(node)
 
     def _finds_chosen(self, node: ast.AST) -> bool:
         marks = self._own.chosen | self._shared.chosen
         key = self._chosen_key(node)
-        if key is not None and (key in marks or _any_class(key) in marks):
+        if key is not None and (key in marks or any_class(key) in marks):
             return True
         if isinstance(node, (ast.Name, ast.Attribute)) and any(
             mark[:3] == ("item", *(key or ())[:2]) for mark in marks
@@ -596,10 +568,10 @@ class _Marked:
     def _constant_of(self, node: ast.AST) -> Part:
         """Return the key that an expression stands for: a constant, or a name that is one constant for all."""
         if isinstance(node, ast.Name) and node.id in self._locals:
-            values = _values_of(self.node).get(node.id, [])
+            values = values_of(self.node).get(node.id, [])
             if len(values) == 1:
                 node = values[0]
-        return _constant(node)
+        return constant_of(node)
 
     # How marks spread ---------------------------------------------------------------------------
 
@@ -626,7 +598,7 @@ class _Marked:
 
     def know(self, names: Iterable[str]) -> None:
         """Take names of a function around this one for its own."""
-        self._locals |= set(names) - _declared(self.node)
+        self._locals |= set(names) - declared_in(self.node)
 
     def spread(self) -> None:
         """Mark what follows from the marks until nothing is added."""
@@ -634,7 +606,7 @@ class _Marked:
         for _ in range(_ROUNDS):
             if known == (known := self._how_much()):
                 break
-            for node in _nodes_of(self.node):
+            for node in nodes_of(self.node):
                 self._visit(node)
         if isinstance(self.node, ast.Lambda):
             self._return(self.node.body, self.shape(self.node.body))
@@ -661,7 +633,7 @@ class _Marked:
             if node.value is not None:
                 shape = self.shape(node.value)
                 one = isinstance(node, ast.Yield)
-                self._return(node.value, _inside(EACH, shape) if one else shape)
+                self._return(node.value, held_at(EACH, shape) if one else shape)
         else:
             self._visit_expression(node)
 
@@ -677,13 +649,13 @@ class _Marked:
     def _loop(self, node: ast.For | ast.AsyncFor | ast.comprehension) -> None:
         """Mark what a loop hands out, and what it runs as often as the value says."""
         shape, chosen = self.shape(node.iter), self.chooses(node.iter)
-        self._unpack(node.target, _iterated(shape), chosen=chosen)
+        self._unpack(node.target, iterated(shape), chosen=chosen)
         if not isinstance(node, ast.comprehension) and self._counts(node.iter):
             self._rule(node.body)
 
     def _counts(self, node: ast.AST) -> bool:
         """Tell whether a loop runs as often as the value says."""
-        calls = [c for c in ast.walk(node) if isinstance(c, ast.Call) and called(c) in _COUNTING]
+        calls = [c for c in ast.walk(node) if isinstance(c, ast.Call) and called(c) in COUNTING]
         return any(map(self.depends, calls))
 
     def _govern(self, node: ast.If | ast.While) -> None:
@@ -694,13 +666,12 @@ class _Marked:
             return
         leaves = isinstance(node.body[-1], (ast.Break, ast.Continue, ast.Return, ast.Raise))
         if leaves and any(
-            isinstance(inner, ast.Call) and called(inner) in _FINITE
-            for inner in ast.walk(node.test)
+            isinstance(inner, ast.Call) and called(inner) in FINITE for inner in ast.walk(node.test)
         ):
             return  # a guard against NaN decides nothing while there is none
         self._rule((*node.body, *node.orelse))
         if any(isinstance(inner, (ast.Break, ast.Continue)) for inner in ast.walk(node)):
-            for loop in _nodes_of(self.node):
+            for loop in nodes_of(self.node):
                 if isinstance(loop, (ast.For, ast.While)) and node in ast.walk(loop):
                     self._rule(loop.body)
 
@@ -731,9 +702,9 @@ class _Marked:
 
     def _assign(self, targets: Iterable[ast.AST], value: ast.AST) -> None:
         shape, chosen = self.shape(value), self.chooses(value)
-        if not shape and (owner := _owner_of_memory(value)) is not None:
+        if not shape and (owner := owner_of_memory(value)) is not None:
             # `array = tensor.numpy()`: what is written into the array later is in the tensor.
-            written = [t for t in targets if _writes_into(self.node, t)]
+            written = [t for t in targets if writes_into(self.node, t)]
             self._mark(owner, NOWHERE, chosen=any(map(self.depends, written)))
         texts = value.elts if isinstance(value, (ast.Tuple, ast.List)) else None
         for target in targets:
@@ -749,9 +720,9 @@ class _Marked:
         if isinstance(target, (ast.Tuple, ast.List)):
             for position, element in enumerate(target.elts):
                 if isinstance(element, ast.Starred):
-                    self._unpack(element.value, _unordered(shape), chosen=chosen)
+                    self._unpack(element.value, unordered(shape), chosen=chosen)
                 else:
-                    self._unpack(element, _part(shape, position), chosen=chosen)
+                    self._unpack(element, part_of(shape, position), chosen=chosen)
         else:
             self._mark(target, shape, chosen=chosen)
 
@@ -759,11 +730,11 @@ class _Marked:
         """Mark what something is added to; to a list, more elements."""
         shape = self.shape(node.value)
         grown = isinstance(node.value, (ast.List, ast.Tuple, ast.Dict))
-        added = _unordered(shape) if grown else WHOLE if shape else NOWHERE
+        added = unordered(shape) if grown else WHOLE if shape else NOWHERE
         self._mark(node.target, added, chosen=self.chooses(node.value) or self.governs(node))
 
     def _mark(self, target: ast.AST, shape: Shape, *, chosen: bool) -> None:
-        if (owner := _owner_of_memory(target)) is not None:
+        if (owner := owner_of_memory(target)) is not None:
             # A tensor holds no Python data, but what Python wrote into it decides what it is.
             self._mark(owner, NOWHERE, chosen=bool(shape) or chosen)
             return
@@ -773,18 +744,18 @@ class _Marked:
         key, path = place
         marks = self._own if key[0] == "name" else self._shared
         for part in reversed(path):
-            shape = _inside(part, shape)
-        for reading in _readings(key):
+            shape = held_at(part, shape)
+        for reading in readings_of(key):
             marks.add(reading, shape)
         if chosen:
             item = self._chosen_key(target)
-            marks.chosen |= _readings(item if item is not None else key)
+            marks.chosen |= readings_of(item if item is not None else key)
 
     def _pass_on(self, call: ast.Call) -> bool:
         """Follow the value into functions of the same file that a call hands it to."""
         for node in _known(self._file, call):
-            given = _parameters_given(call, node, self.shape)
-            chosen = _parameters_given(call, node, lambda a: WHOLE if self.chooses(a) else NOWHERE)
+            given = parameters_given(call, node, self.shape)
+            chosen = parameters_given(call, node, lambda a: WHOLE if self.chooses(a) else NOWHERE)
             governed = self.governs(call)
             if not (given or chosen or governed or self._shared):
                 continue
@@ -830,7 +801,7 @@ class _Marked:
 
     def _fill(self, call: ast.Call) -> None:
         """Mark a container into which a value was put, or that the value chose to fill."""
-        method, arguments = call.func, _arguments(call)
+        method, arguments = call.func, arguments_of(call)
         chosen = any(map(self.chooses, arguments))
         name = called(call)
         if isinstance(method, ast.Attribute) and method.attr in FILLERS:
@@ -844,8 +815,8 @@ class _Marked:
         elif name == "setattr" and len(call.args) == 3 and isinstance(call.args[1], ast.Constant):  # noqa: PLR2004
             target = ast.Attribute(call.args[0], str(call.args[1].value), ast.Store())
             self._mark(target, self.shape(call.args[2]), chosen=self.chooses(call.args[2]))
-        elif name in _WRITERS:
-            self._write(call.args[_WRITERS[name] :][:1], self._any(arguments))
+        elif name in WRITERS:
+            self._write(call.args[WRITERS[name] :][:1], self._any(arguments))
         for keyword in call.keywords:
             if keyword.arg == "out":
                 self._write([keyword.value], self._any(call.args))
@@ -854,10 +825,10 @@ class _Marked:
         """Return what a method puts into its container."""
         shapes = [self.shape(argument) for argument in call.args]
         if method in {"extend", "update"}:
-            return NOWHERE.union(*map(_unordered, shapes), *self._keywords(call))
+            return NOWHERE.union(*map(unordered, shapes), *self._keywords(call))
         if method == "setdefault" and call.args:
-            return _inside(self._constant_of(call.args[0]), NOWHERE.union(*shapes[1:]))
-        return _inside(EACH, NOWHERE.union(*shapes, *self._keywords(call)))
+            return held_at(self._constant_of(call.args[0]), NOWHERE.union(*shapes[1:]))
+        return held_at(EACH, NOWHERE.union(*shapes, *self._keywords(call)))
 
     def _any(self, arguments: Iterable[ast.AST]) -> Shape:
         return WHOLE if any(map(self.depends, arguments)) else NOWHERE
@@ -874,8 +845,8 @@ class _Marked:
         held = method.value
         is_own = isinstance(held, ast.Name) and held.id in self._locals - {"self", "cls"}
         is_kept = isinstance(held, ast.Attribute) and last_name(held.value) == "self"
-        if (is_own or is_kept) and method.attr not in FILLERS | _SAYING:
-            self._write([held], self._any(_arguments(call)))
+        if (is_own or is_kept) and method.attr not in FILLERS | SAYING:
+            self._write([held], self._any(arguments_of(call)))
 
 
 _SHAPES = {
@@ -900,294 +871,19 @@ _SHAPES = {
 }
 """The method that knows how an expression of a kind holds what it is made of."""
 
-# What functions of others do --------------------------------------------------------------------------------
-
-_ASK_FOR_THE_TYPE = frozenset(["isinstance", "issubclass", "hasattr", "callable", "type", "id"])
-"""Functions whose answer does not depend on what a number is."""
-_ABOUT_THE_FORM = frozenset(["len", "shape", "size", "ndim", "dtype", "device", "numel", "nbytes"])
-"""Functions and attributes that tell how many numbers there are, and not which."""
-_LIKE = frozenset(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn"))
-"""Functions that read of their first argument how large it is."""
-_OF_MAPPINGS = frozenset(["keys", "items", "values", "copy", "get", "pop", "setdefault"])
-"""Methods that hand out parts of a container."""
-_CONTAINERS = frozenset(
-    ["Counter", "OrderedDict", "defaultdict", "Series", "DataFrame", "UserList", "UserDict"]
-)
-"""Classes of containers whose elements are those of what they are made from."""
-_OF_TENSORS = frozenset(dir(torch.Tensor))
-_FINITE = frozenset(["isnan", "isfinite", "isinf", "isclose"])
-"""Functions that ask whether a number is one."""
-_COUNTING = frozenset(["range", "arange", "trange", "islice", "repeat"])
-"""Functions that are asked for a number of elements."""
-_SAYING = frozenset(
-    [
-        "add_scalar",
-        "add_scalars",
-        "add_text",
-        "add_histogram",
-        "log",
-        "log_dict",
-        "log_metrics",
-        "log_metric",
-        "debug",
-        "info",
-        "warning",
-        "error",
-        "critical",
-        "exception",
-        "print",
-        "write",
-        "writelines",
-        "writerow",
-        "set_postfix",
-        "set_postfix_str",
-        "set_description",
-        "backward",
-        "step",
-        "zero_grad",
-        "train",
-        "eval",
-        "to",
-        "register_buffer",
-        "register_hook",
-        "sort",
-    ]
-)
-"""Methods that tell a person, or change nothing of their object that a number can be read from."""
-
-
-def _arguments(call: ast.Call) -> list[ast.expr]:
-    return [*call.args, *(keyword.value for keyword in call.keywords)]
-
-
-def _positions(shape: Shape) -> list[Part]:
-    """Return the positions in a shape: an attribute may be any element of a named tuple."""
-    return [path[0] for path in shape if path and isinstance(path[0], int)]
-
-
-def _constant(node: ast.AST) -> Part:
-    """Return the part that a key stands for, ``EACH`` where the text does not tell."""
-    known = isinstance(node, ast.Constant) and isinstance(node.value, (int, str))
-    return node.value if known else EACH  # type: ignore[attr-defined]
-
-
-def _key_of(node: ast.AST) -> Part:
-    """Return the part that a key of a mapping stands for."""
-    key = _constant(node)
-    return ANY_KEY if key == EACH else key
-
-
-def _deciding(node: ast.AST) -> Sequence[ast.AST]:
-    """Return the parts of an expression that decide which of the others it is."""
-    found: Sequence[ast.AST] = ()
-    if isinstance(node, ast.IfExp):
-        found = [node.test]
-    elif isinstance(node, ast.BoolOp):
-        found = node.values[:-1]
-    elif isinstance(node, ast.Subscript):
-        found = [node.slice]
-    elif isinstance(node, ast.comprehension):
-        found = node.ifs
-    elif isinstance(node, ast.Call) and any(
-        isinstance(inner, ast.Subscript) for inner in ast.walk(node.func)
-    ):
-        found = [node.func]  # `self.experts[k](h)`
-    return found
-
-
-def _writes_into(function_: ast.AST, target: ast.AST) -> bool:
-    """Tell whether a function writes into what a name holds, and does not just give it a new value."""
-    name = target.id if isinstance(target, ast.Name) else None
-    for node in ast.walk(function_):
-        into: Iterable[ast.AST] = ()
-        if isinstance(node, ast.AugAssign):
-            into = [node.target]
-        elif isinstance(node, ast.Assign):
-            into = [t.value for t in node.targets if isinstance(t, ast.Subscript)]
-        elif isinstance(node, ast.Call) and called(node) in _WRITERS:
-            into = node.args[:1]
-        if name is not None and any(isinstance(i, ast.Name) and i.id == name for i in into):
-            return True
-    return False
-
-
-def _owner_of_memory(node: ast.AST) -> ast.AST | None:
-    """Return the tensor whose memory an expression is a view of: ``h`` for ``h.numpy()[0]``."""
-    inner, is_array = node, False
-    while True:
-        if isinstance(inner, ast.Subscript):
-            inner = inner.value
-        elif isinstance(inner, ast.Call) and called(inner) in _SAME_MEMORY:
-            is_array = is_array or called(inner) == "numpy"
-            inner = inner.func
-        elif isinstance(inner, ast.Attribute) and inner.attr in _SAME_MEMORY:
-            inner = inner.value
-        else:
-            return inner if is_array and inner is not node else None
-
-
-def _parameters_given(
-    call: ast.Call,
-    node: ast.FunctionDef | ast.AsyncFunctionDef,
-    shape: Callable[[ast.AST], Shape],
-) -> dict[str, Shape]:
-    """Return the names under which a function gets the arguments of a call that hold the value."""
-    names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
-    if names[:1] in (["self"], ["cls"]):
-        names = names[1:]
-    known = {*names, *(argument.arg for argument in node.args.kwonlyargs)}
-    rest = None if node.args.kwarg is None else node.args.kwarg.arg
-    more = None if node.args.vararg is None else node.args.vararg.arg
-    given: list[tuple[str | None, Shape]] = []
-    for position, value in enumerate(call.args):
-        if isinstance(value, ast.Starred):
-            given += [(name, _element(shape(value.value))) for name in names[position:]]
-            given.append((more, _unordered(shape(value.value))))
-            break
-        if position < len(names):
-            given.append((names[position], shape(value)))
-        else:
-            given.append((more, _inside(position - len(names), shape(value))))
-    for keyword in call.keywords:
-        if keyword.arg is None:
-            given += [(name, _part(shape(keyword.value), name)) for name in known]
-            given.append((rest, shape(keyword.value)))
-        elif keyword.arg in known:
-            given.append((keyword.arg, shape(keyword.value)))
-        else:
-            given.append((rest, _inside(keyword.arg, shape(keyword.value))))
-    found: dict[str, Shape] = {}
-    for name, held in given:
-        if name is not None and held:
-            found[name] = found.get(name, NOWHERE) | held
-    return found
-
-
-# Names --------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1024)
-def _local_names(node: Function) -> frozenset[str]:
-    """Return the names that belong to a function alone: its arguments, and what it assigns."""
-    if isinstance(node, ast.Module):
-        return frozenset()
-    names: set[str] = set()
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.arg):
-            names.add(inner.arg)
-        elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
-            names.add(inner.id)
-        elif isinstance(inner, ast.FunctionDef) and inner is not node:
-            names.add(inner.name)
-    return frozenset(names - _declared(node))
-
-
-@lru_cache(maxsize=1024)
-def _declared(node: Function) -> frozenset[str]:
-    """Return the names that a function, or one inside of it, shares with others: `global`, `nonlocal`."""
-    found = (inner for inner in ast.walk(node) if isinstance(inner, (ast.Global, ast.Nonlocal)))
-    return frozenset(name for inner in found for name in inner.names)
-
-
-def _readings(key: Key) -> set[Key]:
-    """Return the keys under which a marked thing may be read: an attribute also of an unknown object."""
-    if key[0] != "attribute":
-        return {key}
-    return {key, (*key[:2], None)} if key[2] is not None else {key, (*key[:2], "any")}
-
-
-def _any_class(key: Key) -> Key | None:
-    """Return the key of an attribute that was marked on an object of unknown class."""
-    return (*key[:2], "any") if key[0] == "attribute" else None
-
-
-@lru_cache(maxsize=1024)
-def _values_of(function_: Function) -> dict[str, list[ast.AST]]:
-    """Return what each name of a function is assigned, a node for each time; loops and the like count too."""
-    found: dict[str, list[ast.AST]] = {}
-    for node in ast.walk(function_):
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
-            for target in targets_of(node):
-                if isinstance(target, ast.Name):
-                    found.setdefault(target.id, []).append(node.value)
-        elif isinstance(node, ast.arg):
-            found.setdefault(node.arg, []).append(node)
-    stores = [
-        node.id
-        for node in ast.walk(function_)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    ]
-    return {name: values for name, values in found.items() if stores.count(name) <= len(values)}
-
-
-@lru_cache(maxsize=1024)
-def _nodes_of(function_: Function) -> tuple[ast.AST, ...]:
-    return tuple(own_nodes(function_))
-
-
-@lru_cache(maxsize=1024)
-def _read_by_inner(function_: Function) -> dict[str, frozenset[str]]:
-    """Return the functions that are defined inside of one, with the names that they read from around them."""
-    found = {}
-    for inner in _nodes_of(function_):
-        if isinstance(inner, ast.FunctionDef):
-            taken = {node.arg for node in ast.walk(inner) if isinstance(node, ast.arg)}
-            names = {node.id for node in ast.walk(inner) if isinstance(node, ast.Name)}
-            found[inner.name] = frozenset(names - taken - {inner.name})
-    return found
-
-
-@lru_cache(maxsize=1024)
-def _mutated(function_: Function) -> frozenset[str]:
-    """Return the names of a function whose objects are changed by something else than an assignment."""
-    changed: set[str] = set()
-    for node in ast.walk(function_):
-        if isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, ast.Store):
-            changed.add(root_of(node))
-        elif isinstance(node, ast.Call):
-            if isinstance(node.func, ast.Attribute):
-                changed.add(root_of(node.func))
-            if called(node) in _WRITERS or any(k.arg == "out" for k in node.keywords):
-                changed.update(map(root_of, _arguments(node)))
-        elif isinstance(node, ast.AugAssign):
-            changed.add(root_of(node.target))
-    return frozenset(changed)
-
-
-@lru_cache(maxsize=1024)
-def _homes(function_: Function) -> dict[ast.AST, tuple[tuple[list[ast.stmt], int, ast.AST], ...]]:
-    """Return for each name that is read the blocks around it, the innermost first, with its place in them."""
-    found: dict[ast.AST, tuple[tuple[list[ast.stmt], int, ast.AST], ...]] = {}
-
-    def walk(node: ast.AST, around: tuple[tuple[list[ast.stmt], int, ast.AST], ...]) -> None:
-        if isinstance(node, ast.Name):
-            found[node] = around
-        for _, value in ast.iter_fields(node):
-            is_block = isinstance(value, list) and bool(value) and isinstance(value[0], ast.stmt)
-            for position, child in enumerate(value if isinstance(value, list) else [value]):
-                if isinstance(
-                    child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
-                ):
-                    continue  # what is read in there is read at another time
-                if isinstance(child, ast.AST):
-                    walk(child, ((value, position, node), *around) if is_block else around)
-
-    walk(function_, ())
-    return found
-
 
 def _latest(function_: Function, read: ast.Name) -> Callable[[_Marked], Shape] | None:
     """Return what a name holds where it is read, when it was assigned before in a block around; else None."""
-    if isinstance(function_, ast.Module) or read.id in _mutated(function_):
+    if isinstance(function_, ast.Module) or read.id in mutated_in(function_):
         return None
-    for block, position, owner in _homes(function_).get(read, ()):
+    for block, position, owner in homes_in(function_).get(read, ()):
         for statement in reversed(block[:position]):
             found = _assigned(statement, read.id)
             if found is not None:
                 return found
-            if _stores(statement, read.id):
+            if stores_name(statement, read.id):
                 return None
-        if isinstance(owner, (ast.For, ast.While, ast.AsyncFor)) and _stores(owner, read.id):
+        if isinstance(owner, (ast.For, ast.While, ast.AsyncFor)) and stores_name(owner, read.id):
             return None  # it may come from the round before
     return None
 
@@ -1201,17 +897,3 @@ def _assigned(statement: ast.stmt, name: str) -> Callable[[_Marked], Shape] | No
         if isinstance(target, ast.Name) and target.id == name:
             return lambda marked: marked.shape(value)
     return None
-
-
-def _stores(node: ast.AST, name: str) -> bool:
-    return name in _stored_in(node)
-
-
-@lru_cache(maxsize=4096)
-def _stored_in(node: ast.AST) -> frozenset[str]:
-    """Return the names that are given something anywhere in a statement."""
-    return frozenset(
-        inner.id
-        for inner in ast.walk(node)
-        if isinstance(inner, ast.Name) and not isinstance(inner.ctx, ast.Load)
-    )
