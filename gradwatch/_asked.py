@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gradwatch import _frames, _source, _words, explain
+from gradwatch import _frames, _source, _statements, _words, explain
 from gradwatch._calls import Kind, Wrapper
 from gradwatch._failure import (
     BY_PLACE,
@@ -81,7 +81,7 @@ def _return_of(name: str, index: int | None) -> str | None:
         code = getattr(method, "__code__", None)
         if cls.__name__ == name and code is not None:
             found.append(code)
-    returned = _source.returned(found[0], index) if len(found) == 1 else []
+    returned = _statements.returned(found[0], index) if len(found) == 1 else []
     roles = ["returned here", "computed here"]
     return listed(*(role_of(role, statement(s)) for role, s in zip(roles, returned, strict=False)))
 
@@ -257,7 +257,9 @@ def from_inference_mode(raised: Raised) -> str | None:
     while made is not None and made.grad_mode and made.inputs:
         made = raised.maker_of(made.inputs[0])  # a view of it that was made outside
     if failed is None or made is None or made.grad_mode:
-        modes = [s for f in _files_of(raised) for s in _source.method_calls(f, "inference_mode")]
+        modes = [
+            s for f in _files_of(raised) for s in _statements.method_calls(f, "inference_mode")
+        ]
         within = [role_of("perhaps made in there", statement(mode)) for mode in modes[:2]]
         last = before_torch(raised.error) if failed is None else failed.place
         places = listed(*within, *map(at, [*raised.callers_of(last), last]))
@@ -275,8 +277,8 @@ def no_leaf(raised: Raised) -> str | None:
     if tag is not None:
         return _words.error_note("no_leaf", at(raised.trace.ops[tag].place))
     last = last_of_user(raised.error)
-    kept = [] if last is None else _source.argument_stores(last[:2])[:1]
-    made = [s for found in kept for s in _source.returned_by(found)]
+    kept = [] if last is None else _statements.argument_stores(last[:2])[:1]
+    made = [s for found in kept for s in _statements.returned_by(found)]
     places = listed(
         _spoiled_leaf(raised), *map(statement, [*made, *kept]), None if last is None else at(last)
     )
@@ -306,7 +308,7 @@ def none_for_a_gradient(raised: Raised) -> str | None:
             maker = raised.maker_of(number)
             made = (None if maker is None else at(maker.place)) or _spoiled_leaf(raised)
             came = role_of("made here, so that it is no leaf", made)
-            kept = [statement(s) for s in _source.owner_stores(read[:2], "grad")[:1]]
+            kept = [statement(s) for s in _statements.owner_stores(read[:2], "grad")[:1]]
             return _words.error_note("grad_of_a_result", listed(came, *kept, where))
     last = last_of_user(raised.error)
     if last is None or ".grad" not in _source.text_of(last[:2]):
@@ -331,7 +333,7 @@ def none_for_a_gradient(raised: Raised) -> str | None:
 def _spoiled_leaf(raised: Raised) -> str | None:
     """Return where the text computes from a tensor that was just asked to require grad, which makes it no leaf."""
     classes = dict.fromkeys(map(type, raised.model.modules()))
-    found = [s for cls in classes for s in _source.spoiled_leaves(cls)]
+    found = [s for cls in classes for s in _statements.spoiled_leaves(cls)]
     return statement(found[0]) if found else None
 
 
@@ -353,7 +355,7 @@ def changed_by_a_hook(raised: Raised) -> str | None:
     codes = [_frames.code_of(hook) for hook in hooks.values()]
     if len(codes) != 1 or codes[0] is None:
         return None
-    returned = _source.returned(codes[0], None)
+    returned = _statements.returned(codes[0], None)
     return _words.error_note("hook_returns", listed(*map(statement, returned)))
 
 
@@ -362,7 +364,7 @@ def hook_of_a_module(raised: Raised) -> str | None:
     hooks = {id(h): h for module in raised.model.modules() for h in hooks_of(module)}
     codes = dict.fromkeys(_frames.code_of(hook) for hook in hooks.values())
     code = next(iter(codes), None)
-    returned = [] if code is None or len(codes) > 1 else _source.returned(code, None)
+    returned = [] if code is None or len(codes) > 1 else _statements.returned(code, None)
     return _words.error_note("hook_returns", listed(*map(statement, returned)))
 
 
@@ -410,15 +412,15 @@ def recomputed_otherwise(raised: Raised) -> str | None:
         for cls in {type(module) for module in modules.values()}
         if not cls.__module__.startswith("torch.")
         for name in ("checkpoint", "checkpoint_sequential")
-        for call in _source.calls_of(cls, name)
+        for call in _statements.calls_of(cls, name)
     }
     call = calls.pop() if len(calls) == 1 else None
     again = [type(modules[path]) for path in reversed(raised.trace.rerun) if path in modules]
     if all(cls.__module__.startswith("torch.") for cls in again):  # a function was checkpointed
         again = [type(module) for module in modules.values()]
-    changes = _source.changes_of_state(dict.fromkeys(again))
+    changes = _statements.changes_of_state(dict.fromkeys(again))
     if not changes and not raised.model.training:
-        modes = [s for file in _files_of(raised) for s in _source.method_calls(file, "eval")]
+        modes = [s for file in _files_of(raised) for s in _statements.method_calls(file, "eval")]
         changes = modes if len(modes) == 1 else []
     change = role_of("by this the next run differs", statement(changes[0])) if changes else None
     return _words.error_note("recomputed", listed(change, call)) if change or call else None
@@ -453,7 +455,7 @@ def stepped_over_nothing(raised: Raised) -> str | None:
     loose = [name for name, p in parameters.items() if p.requires_grad and id(p) not in owned]
     modules = [part for name in loose for part in reversed(name.split(".")[:-1])]
     for part in dict.fromkeys([*modules, *(name.rpartition(".")[2] for name in loose)]):
-        put = [s for file in _files_of(raised) for s in _source.reassignments(file, part)]
+        put = [s for file in _files_of(raised) for s in _statements.reassignments(file, part)]
         if put:
             return _words.error_note("held_before", listed(statement(put[0]), last))
     return _words.error_note("nothing_to_unscale", last)
@@ -471,7 +473,7 @@ def _files_of(raised: Raised) -> list[str]:
 
 def sparse_gradients(raised: Raised) -> str | None:
     """Explain an optimizer that is given sparse gradients by the only place that asks for these."""
-    asked = [s for file in _files_of(raised) for s in _source.keywords(file, "sparse")]
+    asked = [s for file in _files_of(raised) for s in _statements.keywords(file, "sparse")]
     last = at(last_of_user(raised.error))
     return _words.error_note("sparse", listed(*map(statement, asked[:1]), last))
 

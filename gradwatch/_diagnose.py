@@ -22,15 +22,14 @@ from gradwatch._flow import Cut, Flow, follow
 from gradwatch._graph import Origin, Passed, walk, watched_backward
 from gradwatch._marks import Marks, Use
 from gradwatch._record import Backward, Op, Unregistered, hooks_of, label_of, unregistered
-from gradwatch._source import (
-    Statement,
+from gradwatch._source import Statement, wrapping
+from gradwatch._statements import (
     assignments,
     clearings,
     copies,
     derived_attributes,
     keepings,
     surrounding,
-    wrapping,
 )
 from gradwatch._stats import Sensor, is_lazy
 from gradwatch._trace import BackwardListener, Trace

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradwatch import _frames, _source, _words
+from gradwatch import _frames, _source, _statements, _words
 from gradwatch._record import node_of, tensors_in
 from gradwatch.report import Site
 
@@ -223,7 +223,7 @@ def layer_made_at(model: torch.nn.Module, layer: Any) -> str | None:
     path = next((path for path, module in model.named_modules() if module is layer), "")
     while path:
         path, _, name = path.rpartition(".")
-        made = _source.keepings(type(model.get_submodule(path)), name)
+        made = _statements.keepings(type(model.get_submodule(path)), name)
         if made:
             return statement(made[0])
     return None
@@ -235,7 +235,7 @@ def asked_for_parameters(error: Exception) -> torch.nn.Module | None:
     chain = (
         None
         if last is None
-        else _source.owner_of_call((last.tb_frame.f_code, last.tb_lasti), "parameters")
+        else _statements.owner_of_call((last.tb_frame.f_code, last.tb_lasti), "parameters")
     )
     if last is None or not chain:
         return None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import BackwardCFunction
 
-from gradwatch import _frames, _source, _words, explain
+from gradwatch import _frames, _source, _statements, _words, explain
 from gradwatch._calls import Kind
 from gradwatch._failure import (
     Raised,
@@ -49,7 +49,7 @@ def switched_off(model: nn.Module) -> str | None:
     """Explain a loss without a history where gradient mode was left off, or everything is frozen."""
     if not torch.is_grad_enabled():
         classes = dict.fromkeys(map(type, model.modules()))
-        calls = dict.fromkeys(s for cls in classes for s in _source.switches(cls))
+        calls = dict.fromkeys(s for cls in classes for s in _statements.switches(cls))
         return _words.error_note(
             "left_off", statement(next(iter(calls))) if len(calls) == 1 else None
         )
@@ -91,7 +91,7 @@ def kept_anywhere(
     found = [
         (name, statements)
         for cls, attribute, name in keepers_in(model)
-        if (statements := _source.keepings(cls, attribute))
+        if (statements := _statements.keepings(cls, attribute))
     ]
     found.sort(key=lambda each: each[0].rpartition(".")[2] not in near)
     for full, statements in found:
@@ -211,7 +211,7 @@ def _in_a_backward(error: Exception) -> str | None:
     if not places:
         return None
     last = last_of_user(error) or places[-1]
-    made = _source.first_argument(last[:2], places[-1].code)
+    made = _statements.first_argument(last[:2], places[-1].code)
     return listed(None if made is None else statement(made), at(places[-1]), at(last))
 
 
@@ -231,9 +231,11 @@ def _first_freezing(model: nn.Module, most: int = 1) -> str | None:
     """Return where the text freezes something, in the class that comes first in the model; a few of such places."""
     for module in model.modules():
         if not type(module).__module__.startswith("torch."):
-            statements = _source.freezings(type(module))
+            statements = _statements.freezings(type(module))
             if statements:
-                file = [s for s in _source.freezings_in(statements[0].file) if s not in statements]
+                file = [
+                    s for s in _statements.freezings_in(statements[0].file) if s not in statements
+                ]
                 return listed(*map(statement, [*statements, *file][:most]))
     return None
 
@@ -246,7 +248,7 @@ def gone_over_twice(raised: Raised) -> str | None:
     places = [at(backward.place) for backward in raised.trace.backwards]
     if len(places) > 1:
         first = raised.trace.backwards[-2].place
-        held = None if first is None else _source.surrounding(first[:2], "cached")
+        held = None if first is None else _statements.surrounding(first[:2], "cached")
         cache = None if held is None else role_of("kept as long as this lasts", statement(held))
         earlier = f"{places[-2]} (the earlier one)"
         shared = _shared(raised.trace)
@@ -280,11 +282,13 @@ def _shared(trace: Trace) -> tuple[str | None, str | None]:
     )
     if taken is None or taken.place is None:
         return role_of("computed once, used by both", _given_to(last.place)), None
-    named = _source.outer_assignment(taken.place[:2])
+    named = _statements.outer_assignment(taken.place[:2])
     once = listed(None if named is None else statement(named), _given_to(last.place))
     earlier = trace.backwards[-2].place
     # Where a helper's line is, the call of the helper before the earlier pass tells more.
-    calls = [] if earlier is None else _source.calls_before(earlier[:2], taken.place.code.co_name)
+    calls = (
+        [] if earlier is None else _statements.calls_before(earlier[:2], taken.place.code.co_name)
+    )
     ways = map(statement, calls[-1:])
     return role_of("computed once, used by both", once), role_of(
         "goes into the earlier one here", listed(*ways, at(taken.place))
@@ -294,7 +298,7 @@ def _shared(trace: Trace) -> tuple[str | None, str | None]:
 def _given_to(place: _frames.Place | None) -> str | None:
     """Return a place, and before it the only call of a function that computes from its arguments alone there."""
     chosen = place is not None and _source.is_of_arguments(place[:2])
-    call = _source.only_call(place.code) if place is not None and chosen else None
+    call = _statements.only_call(place.code) if place is not None and chosen else None
     return listed(None if call is None else statement(call), at(place))
 
 
@@ -337,11 +341,11 @@ def carried_over(raised: Raised) -> tuple[str | None, str] | None:
         maker = raised.maker_of(carried[-1]) if carried else None
         if maker is not None and op.place is not None:
             made = _frames.site_of(maker.place)
-            filled = _source.fillings(op.place[:2])
+            filled = _statements.fillings(op.place[:2])
             if filled:
                 return _story(filled, made, op.place), ""
             kept = kept_anywhere(raised.model, made, op.place)
-            return kept or (_story(_source.stores(op.place[:2]), made, op.place), "")
+            return kept or (_story(_statements.stores(op.place[:2]), made, op.place), "")
     return None
 
 
@@ -357,13 +361,13 @@ def _kept_in(
     for path, module in model.named_modules():
         for name, value in held_by(module):
             if (path, name) == keeper or (tensor is not None and _holds(value, tensor)):
-                statements = _source.keepings(type(module), name)
+                statements = _statements.keepings(type(module), name)
                 if statements:
                     full = f"{path}.{name}" if path else name
-                    filled = [] if read is None else _source.fillings(read[:2])
+                    filled = [] if read is None else _statements.fillings(read[:2])
                     kept_as = "" if filled else f" (`{full}`)"
                     return _story([*filled, *statements], made, read), kept_as
-    statements = [] if read is None else _source.stores(read[:2])
+    statements = [] if read is None else _statements.stores(read[:2])
     return (_story(statements, made, read), "") if statements or made or read else None
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from gradwatch import _source
+from gradwatch import _source, _statements
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -78,7 +78,7 @@ def settings(cls: type, name: str) -> dict[str, list[_source.Statement]]:
         for test in map(ast.parse, reading.conditions):
             for node in ast.walk(test):
                 if isinstance(node, ast.Attribute) and _source.root_of(node) == "self":
-                    found[node.attr] = _source.settings(reading.file, node.attr)
+                    found[node.attr] = _statements.settings(reading.file, node.attr)
     return {attribute: statements for attribute, statements in found.items() if statements}
 
 

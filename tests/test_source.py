@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,7 +12,10 @@ from torch import nn
 from gradwatch import diagnose
 from gradwatch._frames import here, site_of, stack
 from gradwatch._marks import Marks, Use
-from gradwatch._source import Step, freezings, keepings
+from gradwatch._statements import freezings, keepings
+
+if TYPE_CHECKING:
+    from gradwatch._source import Step
 
 LEFT: list[tuple[Step, ...]] = []
 USED: list[Step] = []

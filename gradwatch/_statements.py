@@ -1,0 +1,669 @@
+"""Which statements of the user's text do something: keep a value, freeze, empty gradients, switch a mode.
+
+What this room knows that no other does: what such statements look like, and which of several tells most. They tell
+what happened before a trace began, or out of its sight.
+
+Limits: what is done by ``setattr``, ``exec``, or in a text that ``linecache`` cannot find is not known.
+"""
+
+from __future__ import annotations
+
+import ast
+from typing import TYPE_CHECKING
+
+from gradwatch._source import (
+    FILLERS,
+    Statement,
+    Step,
+    called,
+    classes_in,
+    definitions,
+    expression,
+    file_of,
+    flat_targets,
+    function,
+    last_name,
+    own_nodes,
+    owner_of,
+    root_of,
+    span,
+    span_of,
+    statements_of,
+    tree,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+    from types import CodeType
+
+_DRAWS = frozenset(
+    ["random", "randint", "randrange", "choice", "choices", "uniform", "shuffle", "gauss", "rand"]
+)
+"""Methods that draw from a generator of Python's or NumPy's, which a checkpoint does not set back."""
+
+
+def only_call(code: CodeType) -> Statement | None:
+    """Return the call of a function in its file, where there is one alone."""
+    module = tree(code.co_filename)
+    calls = [
+        node
+        for node in (() if module is None else ast.walk(module))
+        if isinstance(node, ast.Call) and called(node) == code.co_name
+    ]
+    return statements_of(code.co_filename, calls)[0] if len(calls) == 1 else None
+
+
+def keepings(cls: type, name: str) -> list[Statement]:
+    """Return where a class, or one it inherits from, keeps values in an attribute, the tellest first.
+
+    Filling the container that an attribute holds tells more than making it, and what runs in every step
+    more than what runs once.
+    """
+    for base in cls.__mro__:
+        file = file_of(base)
+        module = None if file is None else tree(file)
+        if file is None or module is None:
+            continue
+        found = [
+            (rank, node)
+            for definition in classes_in(module, base.__qualname__)
+            for method in definition.body
+            for node in ast.walk(method)
+            if (rank := _keeps(node, name, getattr(method, "name", ""))) is not None
+        ]
+        found += [
+            (0, node)
+            for definition in classes_in(module, base.__qualname__)
+            for method in definition.body
+            if getattr(method, "name", None) == name  # a `cached_property` keeps what it returns
+            for node in ast.walk(method)
+            if isinstance(node, ast.Return)
+        ]
+        if found:
+            return statements_of(
+                file, [node for _, node in sorted(found, key=lambda pair: pair[0])]
+            )
+    return []
+
+
+def stores(step: Step) -> list[Statement]:
+    """Return where a file keeps what an expression is given, the tellest statement first.
+
+    Args:
+        step: The place of the expression.
+    """
+    code = step[0]
+    node = function(code)
+    module = tree(code.co_filename)
+    inside = node or module  # of a comprehension, which is a function of its own before Python 3.12
+    read = None if inside is None else expression(step, inside)
+    if read is None or module is None:
+        return []
+    functions = [
+        n for n in ast.walk(module) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    names = _given_names(read, {n.name: n for n in functions})
+    names |= _containers(names, inside or module)
+    homes = owner_of(module)
+    mine = None if node is None else homes.get(node)
+    found: list[tuple[int, bool, ast.AST]] = [
+        (rank, homes.get(definition) != mine, kept)
+        for definition in [*functions, module]
+        for kept in own_nodes(definition)
+        for name in names
+        if (rank := _keeps(kept, name, getattr(definition, "name", ""))) is not None
+    ]
+    # An object is filled where it is made: `Transition(state, log_prob)`.
+    made = {
+        cls.name
+        for cls in ast.walk(module)
+        if isinstance(cls, ast.ClassDef) and _has_fields(cls, names)
+    }
+    calls = [n for n in ast.walk(module) if isinstance(n, ast.Call) and called(n) in made]
+    found += [(1, False, call) for call in calls]
+    # What a closure uses of the function around it, and a function of its file, was computed there.
+    outer = {*code.co_freevars, *code.co_names} & names
+    given = {*code.co_varnames[: code.co_argcount]} & names - {"self"}
+    for definition in [*functions, module]:
+        nodes = list(own_nodes(definition))
+        if definition is module or node in nodes:
+            found += [(1, False, kept) for kept in nodes if _computes(kept, outer)]
+        # What a function is given was perhaps computed under the same name elsewhere.
+        found += [(6, True, kept) for kept in nodes if _computes(kept, given)]
+    return statements_of(code.co_filename, [n for *_, n in sorted(found, key=lambda f: f[:2])])
+
+
+def owner_stores(step: Step, name: str) -> list[Statement]:
+    """Return where a file keeps that of which a line reads an attribute: `self.xys` of `self.xys.grad.norm()`."""
+    inside, line = function(step[0]) or tree(step[0].co_filename), span(step)
+    nodes = () if inside is None or line is None else ast.walk(inside)
+    owners = {
+        last_name(node.value)
+        for node in nodes
+        if isinstance(node, ast.Attribute) and node.attr == name and _is_in_line(node, line)
+    }
+    return _kept_under(step[0].co_filename, owners)
+
+
+def argument_stores(step: Step) -> list[Statement]:
+    """Return where a file keeps what a call is given first: `self.tokens` of `Adam(self.tokens, lr=self.lr)`."""
+    inside = function(step[0]) or tree(step[0].co_filename)
+    read = None if inside is None else expression(step, inside)
+    given = read.args[:1] if isinstance(read, ast.Call) else []
+    attributes = (
+        node for arg in given for node in ast.walk(arg) if isinstance(node, ast.Attribute)
+    )
+    return _kept_under(step[0].co_filename, {node.attr for node in attributes})
+
+
+def _kept_under(file: str, names: Collection[str]) -> list[Statement]:
+    """Return where a file keeps something in attributes of some names, the tellest statement first."""
+    module = tree(file)
+    ranked = [
+        (rank, node)
+        for node in (() if module is None else ast.walk(module))
+        for name in names
+        if (rank := _keeps(node, name, "")) is not None
+    ]
+    return statements_of(file, [node for _, node in sorted(ranked, key=lambda pair: pair[0])])
+
+
+def _is_in_line(node: ast.expr, line: tuple[int, ...] | None) -> bool:
+    return line is not None and node.lineno <= line[0] <= (node.end_lineno or node.lineno)
+
+
+def calls_before(step: Step, name: str) -> list[Statement]:
+    """Return the statements of a function that call another one by name before an expression, in their order."""
+    inside, place = function(step[0]), span(step)
+    if inside is None or place is None:
+        return []
+    simple = [n for n in own_nodes(inside) if isinstance(n, (ast.Assign, ast.Expr, ast.Return))]
+    calls = [n for n in simple if any(_calls(inner, name) for inner in ast.walk(n))]
+    found = sorted(statements_of(step[0].co_filename, calls), key=lambda call: call.line)
+    return [call for call in found if call.line <= place[0]]
+
+
+def returned_by(found: Statement) -> list[Statement]:
+    """Return the last ``return`` of the function of the same file that a statement calls for its value."""
+    module = tree(found.file)
+    nodes = [] if module is None else list(ast.walk(module))
+    values = [n.value for n in nodes if isinstance(n, ast.Assign) and n.lineno == found.line]
+    names = {called(value) for value in values if isinstance(value, ast.Call)}
+    definitions = [n for n in nodes if isinstance(n, ast.FunctionDef) and n.name in names]
+    if len(definitions) != 1:
+        return []
+    returns = [n for n in own_nodes(definitions[0]) if isinstance(n, ast.Return) and n.value]
+    return statements_of(found.file, sorted(returns, key=lambda node: node.lineno)[-1:])
+
+
+def assigned_before(found: Statement) -> list[Statement]:
+    """Return what assigned the local name that a statement keeps: `centers = ...` of `self.centers = centers`."""
+    module = tree(found.file)
+    for inside in () if module is None else ast.walk(module):
+        nodes = list(own_nodes(inside)) if isinstance(inside, ast.FunctionDef) else []
+        for node in nodes:
+            if isinstance(node, ast.Assign) and node.lineno == found.line:
+                name = last_name(node.value) if isinstance(node.value, ast.Name) else ""
+                return statements_of(found.file, _assigned(name, nodes, found.line)[-1:])
+    return []
+
+
+def owner_of_call(step: Step, method: str) -> list[str]:
+    """Return the names of the chain whose method a line calls: `model`, `head` of `model.head.parameters()`."""
+    inside, line = function(step[0]) or tree(step[0].co_filename), span(step)
+    for node in () if inside is None or line is None else ast.walk(inside):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == method
+            and _is_in_line(node, line)
+        ):
+            names: list[str] = []
+            held = node.func.value
+            while isinstance(held, ast.Attribute):
+                names.insert(0, held.attr)
+                held = held.value
+            return [held.id, *names] if isinstance(held, ast.Name) else []
+    return []
+
+
+def fillings(step: Step) -> list[Statement]:
+    """Return where a file fills the attribute from which a loop takes what an expression is given."""
+    inside, module = function(step[0]) or tree(step[0].co_filename), tree(step[0].co_filename)
+    read = None if inside is None else expression(step, inside)
+    if inside is None or module is None or read is None:
+        return []
+    names = _containers({n.id for n in ast.walk(read) if isinstance(n, ast.Name)}, inside)
+    found = [n for n in ast.walk(module) if any(_keeps(n, name, "") == 0 for name in names)]
+    return statements_of(step[0].co_filename, found)
+
+
+def _containers(names: set[str], inside: ast.AST) -> set[str]:
+    """Return the attributes from which loops take values of some names: `frames` of `for old in self.frames`."""
+    loops = [n for n in ast.walk(inside) if isinstance(n, (ast.For, ast.comprehension))]
+    return {
+        loop.iter.attr
+        for loop in loops
+        if isinstance(loop.iter, ast.Attribute) and last_name(loop.target) in names
+    }
+
+
+def _has_fields(cls: ast.ClassDef, names: set[str]) -> bool:
+    """Tell whether a class declares one of some names as a field, as dataclasses and named tuples do."""
+    fields = (node.target for node in cls.body if isinstance(node, ast.AnnAssign))
+    return any(isinstance(field, ast.Name) and field.id in names for field in fields)
+
+
+def _computes(node: ast.AST, names: set[str]) -> bool:
+    """Tell whether a statement gives one of some names what a call returns."""
+    return (
+        isinstance(node, ast.Assign)
+        and any(isinstance(target, ast.Name) and target.id in names for target in node.targets)
+        and any(isinstance(inner, ast.Call) for inner in ast.walk(node.value))
+    )
+
+
+def changes_of_state(classes: Iterable[type]) -> list[Statement]:
+    """Return where ``forward`` of some classes, and what it calls there, changes what outlives the call.
+
+    Random numbers of Python's are one such change. What a condition asks about comes first.
+    """
+    found: list[tuple[str, ast.AST, str]] = []
+    asked: set[str] = set()
+    for cls in classes:
+        file = file_of(cls)
+        module = None if file is None else tree(file)
+        if file is None or module is None or cls.__module__.startswith("torch."):
+            continue
+        for inside in _run_by_forward(module, cls):
+            nodes = sorted(own_nodes(inside), key=lambda node: span_of(node) or ())
+            outer = {
+                name for n in nodes if isinstance(n, (ast.Global, ast.Nonlocal)) for name in n.names
+            }
+            for node in nodes:
+                if isinstance(node, (ast.If, ast.IfExp, ast.While)):
+                    asked |= {last_name(n) for n in ast.walk(node.test)}
+                whole = node if isinstance(node, ast.stmt) and not hasattr(node, "body") else None
+                part = whole or getattr(node, "test", None) or getattr(node, "iter", None)
+                if isinstance(part, ast.AST):
+                    found += [(name, part, file) for name in _changed(part, outer)]
+    found.sort(key=lambda each: each[0] not in asked)
+    return [statements_of(file, [node])[0] for _, node, file in found]
+
+
+def _run_by_forward(module: ast.Module, cls: type) -> Iterator[ast.AST]:
+    """Yield ``forward`` of a class and the functions of its file that run inside, as far as names tell."""
+    methods = {
+        getattr(method, "name", ""): method
+        for definition in classes_in(module, cls.__qualname__)
+        for method in definition.body
+    }
+    others = {name: found[0] for name, found in definitions(module).items() if len(found) == 1}
+    todo, seen = ["forward"], {"__init__"}
+    while todo:
+        name = todo.pop(0)
+        inside = methods.get(name) or others.get(name)
+        if name not in seen and isinstance(inside, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield inside
+            calls = [node for node in own_nodes(inside) if isinstance(node, ast.Call)]
+            todo += map(called, calls)
+            todo += [last_name(c.args[0]) for c in calls if called(c) == "checkpoint" and c.args]
+        seen.add(name)
+
+
+def _changed(part: ast.AST, outer: set[str]) -> Iterator[str]:
+    """Yield the names of attributes, variables of other functions and generators that a part of a function changes."""
+    for node in ast.walk(part):
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            for target in flat_targets(node):
+                held = target.value if isinstance(target, ast.Subscript) else target
+                if isinstance(held, ast.Attribute) or last_name(held) in outer:
+                    yield last_name(held)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            held = node.func.value
+            if node.func.attr in {*FILLERS, "pop", "popleft", "clear"} and isinstance(
+                held, ast.Attribute
+            ):
+                yield held.attr
+            elif node.func.attr in _DRAWS and root_of(held) != "torch":
+                yield last_name(held)
+            # A checkpoint rewinds the global generators alone.
+            own = [k.value for k in node.keywords if k.arg == "generator"]
+            yield from (last_name(generator) for generator in own if last_name(generator))
+
+
+def outer_assignment(step: Step) -> Statement | None:
+    """Return what assigned a name that an expression reads, in a function around its own, by a call."""
+    code = step[0]
+    inside, module = function(code), tree(code.co_filename)
+    read = None if inside is None else expression(step, inside)
+    if read is None or module is None or not code.co_freevars:
+        return None
+    names = {n.id for n in ast.walk(read) if isinstance(n, ast.Name)} & {*code.co_freevars}
+    for outer in ast.walk(module):
+        nodes = list(own_nodes(outer)) if isinstance(outer, ast.FunctionDef) else []
+        if inside in nodes:
+            found = [n for n in nodes if _computes(n, names)]
+            if found:
+                return statements_of(code.co_filename, found)[0]
+    return None
+
+
+def method_calls(file: str, name: str) -> list[Statement]:
+    """Return the calls of a method of this name in a file."""
+    module = tree(file)
+    nodes = () if module is None else ast.walk(module)
+    methods = [n for n in nodes if _calls(n, name) and isinstance(n.func, ast.Attribute)]  # type: ignore[attr-defined]
+    return statements_of(file, methods)
+
+
+def keywords(file: str, name: str) -> list[Statement]:
+    """Return the calls in a file that set a keyword to True."""
+    module = tree(file)
+    nodes = () if module is None else ast.walk(module)
+    return statements_of(file, [n for n in nodes if isinstance(n, ast.Call) and _sets(n, name)])
+
+
+def _sets(call: ast.Call, name: str) -> bool:
+    return any(
+        k.arg == name and isinstance(k.value, ast.Constant) and k.value.value is True
+        for k in call.keywords
+    )
+
+
+def switches(cls: type) -> list[Statement]:
+    """Return where the file of a class switches gradient mode by a bare call, its own methods first."""
+    module = None if (file := file_of(cls)) is None else tree(file)
+    nodes = () if module is None else ast.walk(module)
+    around = {id(item.context_expr) for n in nodes if isinstance(n, ast.With) for item in n.items}
+
+    def holds(node: ast.AST) -> bool:
+        if not (isinstance(node, ast.Call) and called(node) == "set_grad_enabled"):
+            return False
+        on = [getattr(argument, "value", None) for argument in node.args] == [True]
+        return not on and id(node) not in around
+
+    return _where(cls, holds, elsewhere=True)
+
+
+def reassignments(file: str, name: str) -> list[Statement]:
+    """Return where a file assigns an attribute of this name, but for its ``__init__`` methods."""
+    return statements_of(file, [node for _, node in _assigned_to(file, name)])
+
+
+def settings(file: str, name: str) -> list[Statement]:
+    """Return the same, and before it the calls of the functions that assign what they are given."""
+    found = list(_assigned_to(file, name))
+    setters = {
+        f.name
+        for f, node in found
+        if isinstance(node.value, ast.Name) and node.value.id in {a.arg for a in f.args.args}
+    }
+    calls = [call for setter in sorted(setters) for call in method_calls(file, setter)]
+    return [*calls, *statements_of(file, [node for _, node in found])]
+
+
+def _assigned_to(file: str, name: str) -> Iterator[tuple[ast.FunctionDef, ast.Assign]]:
+    module = tree(file)
+    for inside in () if module is None else ast.walk(module):
+        if isinstance(inside, ast.FunctionDef) and inside.name != "__init__":
+            for node in own_nodes(inside):
+                if isinstance(node, ast.Assign) and _assigns(node, name):
+                    yield inside, node
+
+
+def surrounding(step: Step, name: str) -> Statement | None:
+    """Return the ``with``, or the decorator, by which a function of this name is in force around an expression."""
+    inside = function(step[0])
+    wanted = span(step)
+    if inside is None or wanted is None:
+        return None
+    blocks = [n for n in own_nodes(inside) if isinstance(n, (ast.With, ast.AsyncWith))]
+    found = [
+        item.context_expr
+        for block in blocks
+        if block.lineno <= wanted[0] <= (block.end_lineno or block.lineno)
+        for item in block.items
+    ]
+    found += getattr(inside, "decorator_list", [])
+    named = [n for n in found if name in {last_name(i) for i in ast.walk(n)}]
+    statements = statements_of(step[0].co_filename, named)
+    return statements[0] if statements else None
+
+
+def returned(code: CodeType, index: int | None) -> list[Statement]:
+    """Return the last ``return`` of a function that returns something, and where the value at an index is computed."""
+    inside = function(code)
+    nodes = [] if inside is None else list(own_nodes(inside))
+    found = [n for n in nodes if isinstance(n, ast.Return) and n.value is not None]
+    if not found:
+        return []
+    last = max(found, key=lambda node: node.lineno)
+    several = last.value.elts if isinstance(last.value, ast.Tuple) else [last.value]
+    named = several[index] if index is not None and index < len(several) else None
+    name = named.id if isinstance(named, ast.Name) else ""
+    return statements_of(code.co_filename, [last, *_assigned(name, nodes, last.lineno)[-1:]])
+
+
+def _assigned(name: str, nodes: Iterable[ast.AST], before: int) -> list[ast.Assign]:
+    """Return the statements that assign a name before some line, in their order."""
+    found = [
+        node
+        for node in nodes
+        if isinstance(node, ast.Assign)
+        and any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
+        and node.lineno < before
+    ]
+    return sorted(found, key=lambda node: node.lineno)
+
+
+def registrations(code: CodeType) -> list[Statement]:
+    """Return where the file of a hook registers full backward hooks."""
+    module = tree(code.co_filename)
+    nodes = () if module is None else ast.walk(module)
+    return statements_of(
+        code.co_filename, [n for n in nodes if _calls(n, "register_full_backward_hook")]
+    )
+
+
+def first_argument(step: Step, outer: CodeType) -> Statement | None:
+    """Return the statement that assigned the name which a call is given first, in its function or one around it."""
+    homes = [home for home in (function(step[0]), function(outer)) if home is not None]
+    read = expression(step, homes[0]) if homes else None
+    if not isinstance(read, ast.Call) or not read.args:
+        return None
+    name = root_of(read.args[0])
+    found = [n for home in homes for n in _assigned(name, own_nodes(home), read.lineno)]
+    statements = statements_of(step[0].co_filename, found[:1])
+    return statements[0] if statements else None
+
+
+def _given_names(read: ast.AST, definitions: Mapping[str, ast.AST]) -> set[str]:
+    """Return the names of attributes and containers that an expression takes its operands from."""
+    given: list[ast.AST] = [read]
+    if isinstance(read, ast.Call):
+        given = [*read.args, *(k.value for k in read.keywords)]
+        if isinstance(read.func, ast.Attribute) and not isinstance(read.func.value, ast.Name):
+            given.append(read.func.value)  # of `self.prior.log_prob(x)` the object is given too
+    names: set[str] = set()
+    # Of `self.prior.dist` the last name tells; of `self.memory.sum()` the one before the method.
+    within = {
+        id(inner.value)
+        for value in given
+        for inner in ast.walk(value)
+        if isinstance(inner, ast.Attribute)
+    } - {
+        id(inner.func.value)
+        for value in given
+        for inner in ast.walk(value)
+        if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute)
+    }
+    for inner in (node for value in given for node in ast.walk(value) if id(node) not in within):
+        if isinstance(inner, ast.Call) and called(inner) in definitions:
+            for returned in ast.walk(definitions[called(inner)]):
+                if isinstance(returned, ast.Return) and returned.value is not None:
+                    names |= {last_name(n) for n in ast.walk(returned.value)}
+        names.add(last_name(inner))
+    return names - {""}
+
+
+def _keeps(node: ast.AST, name: str, method: str) -> int | None:
+    """Tell how much a statement says about what is kept under a name; less is more."""
+    if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and node.value is not None:
+        if isinstance(node.value, ast.Constant):
+            return None
+        # What is kept as it is tells more than what is made for the occasion.
+        items = node.value.elts if isinstance(node.value, (ast.Tuple, ast.List)) else [node.value]
+        new = not any(isinstance(item, (ast.Name, ast.Attribute)) for item in items)
+        for target in flat_targets(node):
+            if isinstance(target, ast.Subscript) and last_name(target.value) == name:
+                return int(new)
+            if isinstance(target, ast.Attribute) and target.attr == name:
+                return (4 if method == "__init__" else 2) + new
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return None
+    filled = node.func.value
+    while isinstance(filled, ast.Subscript):
+        filled = filled.value
+    fills = node.func.attr in FILLERS and last_name(filled) == name
+    return 0 if fills and node.args else None
+
+
+def _where(
+    cls: type, holds: Callable[[ast.AST], bool], *, elsewhere: bool, init: bool = True
+) -> list[Statement]:
+    """Return where the methods of a class do something.
+
+    Args:
+        cls: The class.
+        holds: Tells whether a node does it.
+        elsewhere: Whether the rest of the file is looked at where the class does not do it.
+        init: Whether ``__init__`` counts.
+    """
+    file = file_of(cls)
+    module = None if file is None else tree(file)
+    if file is None or module is None:
+        return []
+    own = [
+        node
+        for definition in classes_in(module, cls.__qualname__)
+        for method in definition.body
+        if init or getattr(method, "name", "") != "__init__"
+        for node in ast.walk(method)
+        if holds(node)
+    ]
+    return statements_of(file, own or [n for n in ast.walk(module) if elsewhere and holds(n)])
+
+
+def freezings(cls: type) -> list[Statement]:
+    """Return where the file of a class switches ``requires_grad`` off, its own methods first."""
+    found = _where(cls, _freezes, elsewhere=True)
+    return [s for s in found if "requires_grad" in s.text] or found
+
+
+def freezings_in(file: str) -> list[Statement]:
+    """Return where a file switches ``requires_grad`` off, or sets it by a variable."""
+    module = tree(file)
+    nodes = () if module is None else ast.walk(module)
+    return [s for s in statements_of(file, filter(_freezes, nodes)) if "requires_grad" in s.text]
+
+
+def spoiled_leaves(cls: type) -> list[Statement]:
+    """Return where the file of a class computes from a call with ``requires_grad=True`` at once: that is no leaf."""
+    return _where(cls, _spoils, elsewhere=True)
+
+
+def _spoils(node: ast.AST) -> bool:
+    parts = [node.left, node.right] if isinstance(node, ast.BinOp) else []
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        parts = [node.func.value]
+    return any(isinstance(part, ast.Call) and _sets(part, "requires_grad") for part in parts)
+
+
+def clearings(cls: type) -> list[Statement]:
+    """Return where the file of a class empties gradients, its own methods first."""
+    return _where(cls, _clears, elsewhere=True)
+
+
+def copies(cls: type) -> list[Statement]:
+    """Return where the file of a class calls ``copy.deepcopy``, its own methods first."""
+    return _where(cls, lambda node: _calls(node, "deepcopy"), elsewhere=True)
+
+
+def calls_of(cls: type, name: str) -> list[Statement]:
+    """Return where the methods of a class call a function of this name, also as ``module.name``."""
+    return _where(cls, lambda node: _calls(node, name), elsewhere=False)
+
+
+def assignments(cls: type, name: str) -> list[Statement]:
+    """Return where the methods of a class, but for ``__init__``, assign an attribute of this name."""
+    return _where(cls, lambda node: _assigns(node, name), elsewhere=False, init=False)
+
+
+def _calls(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Call) and called(node) == name
+
+
+def _assigns(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Assign) and any(
+        isinstance(target, ast.Attribute) and target.attr == name for target in node.targets
+    )
+
+
+def _clears(node: ast.AST) -> bool:
+    if isinstance(node, (ast.Assign, ast.Delete)):
+        grads = [t for t in node.targets if isinstance(t, ast.Attribute) and t.attr == "grad"]
+        emptied = node.value if isinstance(node, ast.Assign) else ast.Constant(None)
+        return bool(grads) and isinstance(emptied, ast.Constant) and emptied.value is None
+    return _calls(node, "zero_grad")
+
+
+def _freezes(node: ast.AST) -> bool:
+    if isinstance(node, ast.Assign):
+        return any(
+            isinstance(target, ast.Attribute) and target.attr == "requires_grad"
+            for target in node.targets
+        )
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in {"requires_grad_", "freeze"}
+    )
+
+
+def derived_attributes(
+    cls: type, parameter: str, child: str | None = None
+) -> dict[str, tuple[Statement, frozenset[str]]]:
+    """Return the attributes that a class computes from a parameter, with the functions in between.
+
+    Args:
+        cls: The class of the module that registers the parameter, or of one around it.
+        parameter: The parameter's attribute.
+        child: The attribute of the class through which it is reached, if not its own.
+    """
+    file = file_of(cls)
+    module = None if file is None else tree(file)
+    found: dict[str, tuple[Statement, frozenset[str]]] = {}
+    if file is None or module is None:
+        return found
+    for definition in classes_in(module, cls.__qualname__):
+        for node in ast.walk(definition):
+            for name, value in _kept_values(node):
+                read = {n.attr for n in ast.walk(value) if isinstance(n, ast.Attribute)}
+                if {parameter, child or parameter} <= read:
+                    calls = {called(n) for n in ast.walk(value) if isinstance(n, ast.Call)}
+                    (statement,) = statements_of(file, [node])
+                    found[name] = (statement, frozenset(read | calls))
+    return found
+
+
+def _kept_values(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """Yield the attributes and buffers that a statement sets, with their expressions."""
+    if isinstance(node, ast.Assign):
+        for target in flat_targets(node):
+            if isinstance(target, ast.Attribute):
+                yield target.attr, node.value
+    elif isinstance(node, ast.Call) and called(node) == "register_buffer":
+        name, value = [*node.args, None, None][:2]
+        if isinstance(name, ast.Constant) and value is not None:
+            yield str(name.value), value
