@@ -37,7 +37,8 @@ from gradwatch._failure import (
     users_own,
 )
 from gradwatch._record import hooks_of, memory_of, node_of, result_of
-from gradwatch.report import Status
+from gradwatch._unread import passed_over
+from gradwatch.report import Site, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -213,11 +214,25 @@ def not_in_graph(raised: Raised) -> str | None:
     places = listed(
         *(role_of("made here", at(op.place)) for op in made[:1]),
         role_of("the last that was computed from it", None if last is None else at(last.place)),
+        None if last is None else _passed_over(trace, last),
         *(role_of("the output", at(op.place)) for op in outputs[:1]),
         *map(at, raised.callers_of(asked.place)),
         at(asked.place),
     )
     return _words.error_note("not_in_graph", places, named)
+
+
+def _passed_over(trace: Trace, last: Op) -> str | None:
+    """Return an argument that the function which ran next reads under conditions alone, or not at all."""
+    own = None if last.place is None else last.place.code
+    places = (op.place for op in trace.ops[last.index + 1 :] if op.place is not None)
+    code = next((place.code for place in places if place.code is not own), None)
+    found = None if code is None else passed_over(code)
+    if found is None:
+        return None
+    name, reading = found
+    site = Site(reading.file, reading.line, source=_source.line_at(reading.file, reading.line))
+    return role_of(_words.read_if(name, reading.method, reading.conditions), _words.place(site))
 
 
 def _unused(raised: Raised, asked: Backward) -> tuple[int, ...]:

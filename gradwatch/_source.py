@@ -257,6 +257,11 @@ def last_name(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
+def line_at(file: str, line: int) -> str:
+    """Return a line of a file."""
+    return linecache.getline(file, line).strip()
+
+
 def text_of(step: Step) -> str:
     """Return the line that an instruction stands in."""
     place = span(step)

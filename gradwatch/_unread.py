@@ -20,6 +20,7 @@ from gradwatch import _source, _statements
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from types import CodeType
 
 _OTHER_WAYS = frozenset(
     [
@@ -66,6 +67,29 @@ def readings(cls: type, name: str) -> list[Reading] | None:
             return None
     plain = any(r.method == "forward" and not r.conditions for r in found)
     return None if plain or len(found) > _MOST_PARTS else found
+
+
+def passed_over(code: CodeType) -> tuple[str, Reading] | None:
+    """Return the first argument that a function reads at one place, under conditions, or not at all.
+
+    Args:
+        code: That of a function.
+    """
+    inside = _source.function(code)
+    if not isinstance(inside, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return None
+    nodes = [(n, given) for n, given in _in_block(inside.body, ()) if isinstance(n, ast.Name)]
+    for argument in (*inside.args.args, *inside.args.kwonlyargs):
+        found = [
+            Reading(code.co_filename, node.lineno, inside.name, given)
+            for node, given in nodes
+            if node.id == argument.arg and isinstance(node.ctx, ast.Load)
+        ]
+        seldom = len(found) < 2 and all(reading.conditions for reading in found)
+        if argument.arg != "self" and seldom:
+            unread = Reading(code.co_filename, argument.lineno, inside.name)
+            return argument.arg, next(iter(found), unread)
+    return None
 
 
 def settings(cls: type, name: str) -> dict[str, list[_source.Statement]]:

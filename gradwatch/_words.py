@@ -311,6 +311,18 @@ def never_stepped(position: int, names: Sequence[str]) -> str:
     )
 
 
+def read_if(argument: str, function: str, conditions: Sequence[str]) -> str:
+    """Say under which conditions a function reads one of its arguments.
+
+    Example:
+        >>> read_if("embeds", "forward", ["ids is None"])
+        '`forward`, which runs next, reads `embeds` only if `ids is None`'
+    """
+    held = " and ".join(f"`{condition}`" for condition in conditions)
+    reads = f"reads `{argument}` only if {held}" if conditions else f"does not read `{argument}`"
+    return f"`{function}`, which runs next, {reads}"
+
+
 def called_at(site: Site) -> str:
     """Say where a function was called."""
     return f"called at {place(site)}"

@@ -2282,6 +2282,20 @@ class InPlaceLayerOverASum(Net):
         return self.head(self.act(h) + h).mean()
 
 
+class EmbeddedAgain(Net):
+    words = "appears to not have been used in the graph"
+    advice = "`embedded`, which runs next, reads `h` only if `not (x is not None)`"
+
+    def embedded(self, x=None, h=None):
+        return self.head(self.enc(x) if x is not None else h)  # <- here
+
+    def forward(self, x):
+        noise = torch.zeros(4, 3, requires_grad=True)
+        loss = self.embedded(x, h=self.enc(x) + noise).mean()
+        torch.autograd.grad(loss, noise)
+        return loss
+
+
 CASES = [
     value
     for value in globals().values()

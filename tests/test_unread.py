@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from gradwatch import diagnose
+from gradwatch._unread import passed_over
 from gradwatch.report import Cause
 
 
@@ -150,3 +152,38 @@ def test_silence_where_the_text_does_not_explain():
 
     models = (HeldInAVariable(), ByName(), Child(), Outer())
     assert [notes_of(model) for model in models] == [[], [], [], []]
+
+
+def with_a_default(x, scale, *, bias=None, unused=1):
+    if bias is not None:
+        x = x + bias
+    return x * scale
+
+
+def in_one_branch(x, ids=None):
+    h = ids if ids is not None else x
+    return h * 2
+
+
+def in_both_branches(x, scale):
+    return x * scale if x.dim() else scale
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (with_a_default.__code__, ("unused", 0, ())),
+        (in_one_branch.__code__, ("x", 1, ("not (ids is not None)",))),
+        (in_both_branches.__code__, None),
+        ((lambda x, y: x).__code__, None),
+    ],
+)
+def test_an_argument_that_is_passed_over(code, expected):
+    """What a function reads in every case is passed over by none; what it never reads, or in one branch, is named."""
+    found = passed_over(code)
+
+    assert (
+        None
+        if found is None
+        else (found[0], found[1].line - code.co_firstlineno, found[1].conditions)
+    ) == expected
