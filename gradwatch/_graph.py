@@ -82,6 +82,10 @@ class Passed:
     """Names of the nodes that get no hook: what they hand on is known by what they get."""
     broken: Exception | None = None
     """A failure of ours, after which ``sizes`` are incomplete."""
+    _edges: dict[int, list[tuple[int, int]]] | None = None
+    _delivered: set[int | None] | None = None
+    _searches: dict[bool, _Search] = field(default_factory=dict)
+    """What is asked of a pass that is over, kept for the next question."""
 
     @property
     def reached(self) -> set[int]:
@@ -102,10 +106,13 @@ class Passed:
 
     def delivered(self, leaf: int) -> bool:
         """Tell whether a gradient was handed to a leaf; only known where sizes were measured."""
-        return any(
-            self.nodes[self.nodes[number].children[position]].leaf == leaf and size != -1.0
-            for (number, position), size in {**self.sizes, **self._handed_on()}.items()
-        )
+        if self._delivered is None:
+            self._delivered = {
+                self.nodes[self.nodes[number].children[position]].leaf
+                for (number, position), size in {**self.sizes, **self.handed_on()}.items()
+                if size != -1.0
+            }
+        return leaf in self._delivered
 
     def withholders(self, leaf: int) -> list[Node]:
         """Return the nodes that withheld the gradient on the way to a leaf."""
@@ -120,19 +127,24 @@ class Passed:
         """Return the nodes whose gradient would go on to a leaf, the leaf's own included."""
         above: set[int] = set()
         # Children have larger or smaller numbers, in no order: repeat until nothing is added.
-        parents: dict[int, list[int]] = {}
-        for number, node in enumerate(self.nodes):
-            for child in node.children:
-                parents.setdefault(child, []).append(number)
         todo = [number for number, node in enumerate(self.nodes) if node.leaf == leaf]
         while todo:
             number = todo.pop()
             if number not in above:
                 above.add(number)
-                todo.extend(parents.get(number, ()))
+                todo.extend(upper for upper, _ in self._edges_above().get(number, ()))
         return above
 
-    def _handed_on(self) -> dict[tuple[int, int], float]:
+    def _edges_above(self) -> dict[int, list[tuple[int, int]]]:
+        """Return for each node those whose gradient goes on to it, and the position at which it does."""
+        if self._edges is None:
+            self._edges = {}
+            for upper, node in enumerate(self.nodes):
+                for position, child in enumerate(node.children):
+                    self._edges.setdefault(child, []).append((upper, position))
+        return self._edges
+
+    def handed_on(self) -> dict[tuple[int, int], float]:
         """Return what went through the nodes that hand on what they get, which were not observed."""
         waiting = {
             n: node
@@ -171,53 +183,17 @@ class Passed:
             leaf: ``id`` of the leaf.
             zero: Look for zeros; otherwise for NaN and infinity.
         """
-        bad = _is_zero if zero else _is_nonfinite
-        incoming: dict[int, list[float]] = {}
-        edges: dict[int, list[tuple[int, float]]] = {}
-        for (number, position), size in {**self.sizes, **self._handed_on()}.items():
-            child = self.nodes[number].children[position]
-            incoming.setdefault(child, []).append(size)
-            edges.setdefault(child, []).append((number, size))
-        seen: set[int] = set()
-        todo = [number for number, node in enumerate(self.nodes) if node.leaf == leaf]
-        while todo:
-            number = todo.pop(0)
-            # Zero in all though not one by one: they cancel where the last of them was computed.
-            cancelling = [
-                self.nodes[parent].tag
-                for parent, size in edges.get(number, ())
-                if zero and size > 0.0 and math.isfinite(size)
-            ]
-            if len(cancelling) > 1:
-                return Origin(max(cancelling), cancelled=True)
-            above = edges.get(number, [])
-            if above and bad(self.totals.get(number, 1.0)) and not any(bad(s) for _, s in above):
-                return Origin(self.nodes[number].tag, hooked=True)
-            for parent, size in edges.get(number, ()):
-                if not bad(size) or parent in seen:
-                    continue
-                seen.add(parent)
-                arrived = incoming.get(parent, [])
-                worst = all(map(bad, arrived)) if zero else any(map(bad, arrived))
-                worst = worst or bad(self.totals.get(parent, 1.0))
-                if arrived and worst:
-                    todo.append(parent)
-                elif self.nodes[parent].tag >= 0:
-                    source = self._emptier(parent) if zero else None
-                    return Origin(self.nodes[parent if source is None else source].tag)
-        return None
+        if zero not in self._searches:
+            self._searches[zero] = _Search(self, zero=zero)
+        return self._searches[zero].origin(leaf)
 
-    def _emptier(self, number: int) -> int | None:
+    def emptier(self, number: int) -> int | None:
         """Return the node that made the zeros of which a concatenation handed out one piece alone."""
         if not self.nodes[number].hands_out:
             return None
-        parents: dict[int, list[tuple[int, int]]] = {}
-        for upper, node in enumerate(self.nodes):
-            for position, child in enumerate(node.children):
-                parents.setdefault(child, []).append((upper, position))
         seen, todo, weak = {number}, [number], None
         while todo:
-            for upper, position in parents.get(todo.pop(0), ()):
+            for upper, position in self._edges_above().get(todo.pop(0), ()):
                 if upper in seen:
                     continue
                 seen.add(upper)
@@ -228,6 +204,69 @@ class Passed:
                     return upper
                 weak = upper if weak is None else weak
         return weak
+
+
+class _Search:
+    """The search for the origins of bad gradients in one pass."""
+
+    def __init__(self, passed: Passed, *, zero: bool) -> None:
+        self._passed, self._zero = passed, zero
+        self._bad = _is_zero if zero else _is_nonfinite
+        self._incoming: dict[int, list[float]] = {}
+        self._edges: dict[int, list[tuple[int, float]]] = {}
+        for (number, position), size in {**passed.sizes, **passed.handed_on()}.items():
+            child = passed.nodes[number].children[position]
+            self._incoming.setdefault(child, []).append(size)
+            self._edges.setdefault(child, []).append((number, size))
+        self._leaves: dict[int | None, list[int]] = {}
+        for number, node in enumerate(passed.nodes):
+            self._leaves.setdefault(node.leaf, []).append(number)
+        self._known: dict[int, Origin | None] = {}
+        """What was found from nodes that were the only ones left to look at."""
+
+    def origin(self, leaf: int) -> Origin | None:
+        """Return where a leaf's gradient first became bad: each node is passed once, however many leaves ask."""
+        seen: set[int] = set()
+        todo, alone = list(self._leaves.get(leaf, ())), list[int]()
+        found: Origin | None = None
+        while todo and found is None:
+            number = todo.pop(0)
+            if not todo:
+                if number in self._known:
+                    found = self._known[number]
+                    break
+                alone.append(number)
+            found = self._at(number) or self._above(number, seen, todo)
+        self._known.update(dict.fromkeys(alone, found))
+        return found
+
+    def _at(self, number: int) -> Origin | None:
+        """Tell whether what came to a node was well in its parts, and bad where it arrived."""
+        above = self._edges.get(number, [])
+        nodes = self._passed.nodes
+        # Zero in all though not one by one: they cancel where the last of them was computed.
+        whole = [p for p, size in above if self._zero and size > 0.0 and math.isfinite(size)]
+        if len(whole) > 1:
+            return Origin(max(nodes[parent].tag for parent in whole), cancelled=True)
+        is_bad = self._bad(self._passed.totals.get(number, 1.0))
+        if above and is_bad and not any(self._bad(size) for _, size in above):
+            return Origin(nodes[number].tag, hooked=True)
+        return None
+
+    def _above(self, number: int, seen: set[int], todo: list[int]) -> Origin | None:
+        """Return the node above that made a gradient bad; those that had got it so are to be looked at."""
+        for parent, size in self._edges.get(number, ()):
+            if not self._bad(size) or parent in seen:
+                continue
+            seen.add(parent)
+            arrived = self._incoming.get(parent, [])
+            worst = (all if self._zero else any)(map(self._bad, arrived))
+            if arrived and (worst or self._bad(self._passed.totals.get(parent, 1.0))):
+                todo.append(parent)
+            elif self._passed.nodes[parent].tag >= 0:
+                source = self._passed.emptier(parent) if self._zero else None
+                return Origin(self._passed.nodes[parent if source is None else source].tag)
+        return None
 
 
 _HAND_OUT = frozenset(["CatBackward0", "StackBackward0", "BlockDiagBackward0"])

@@ -85,8 +85,8 @@ def passed_over(code: CodeType) -> tuple[str, Reading] | None:
             for node, given in nodes
             if node.id == argument.arg and isinstance(node.ctx, ast.Load)
         ]
-        seldom = len(found) < 2 and all(reading.conditions for reading in found)
-        if argument.arg != "self" and seldom:
+        once = len(found) <= 1 and all(reading.conditions for reading in found)
+        if argument.arg != "self" and once:
             unread = Reading(code.co_filename, argument.lineno, inside.name)
             return argument.arg, next(iter(found), unread)
     return None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
-from gradwatch import Watcher
+from gradwatch import Watcher, diagnose
 from gradwatch._cost import WINDOW, Cost
 from tests.conftest import Kernels
 
@@ -129,6 +129,30 @@ def test_calls_do_not_grow_with_steps(every: int):
         early = calls(loop)
         loop.steps(100)
         assert calls(loop) == early
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_origins_of_deep_models_take_a_step_for_each_layer(residual: bool):
+    """Four times the layers whose gradients are all zero make about four times the calls, not sixteen."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            h = self.inner(x).tanh()
+            return h + x if residual else h
+
+    found = []
+    for count in (30, 120):
+        model = nn.Sequential(*[Block() for _ in range(count)])
+        with our_calls() as counts, diagnose(model) as diagnosis:
+            (model(torch.ones(1, 2)).sum() * 0.0).backward()
+        assert {str(d.cause) for d in diagnosis.report.diagnoses} == {"zero_gradient"}
+        found.append(counts.total())
+
+    assert found[1] < 5 * found[0]
 
 
 def test_memory_does_not_grow_with_steps():

@@ -154,7 +154,7 @@ def test_silence_where_the_text_does_not_explain():
     assert [notes_of(model) for model in models] == [[], [], [], []]
 
 
-def with_a_default(x, scale, *, bias=None, unused=1):
+def with_a_default(x, scale, *, bias=None, unused=1):  # noqa: ARG001
     if bias is not None:
         x = x + bias
     return x * scale
