@@ -221,24 +221,29 @@ class _Search:
         self._leaves: dict[int | None, list[int]] = {}
         for number, node in enumerate(passed.nodes):
             self._leaves.setdefault(node.leaf, []).append(number)
-        self._known: dict[int, Origin | None] = {}
-        """What was found from nodes that were the only ones left to look at."""
+        self._known: dict[int, tuple[float, Origin | None]] = {}
+        """For each node that was looked at the nearest origin above it, and how many nodes away that is."""
 
     def origin(self, leaf: int) -> Origin | None:
         """Return where a leaf's gradient first became bad: each node is passed once, however many leaves ask."""
-        seen: set[int] = set()
-        todo, alone = list(self._leaves.get(leaf, ())), list[int]()
-        found: Origin | None = None
-        while todo and found is None:
-            number = todo.pop(0)
-            if not todo:
-                if number in self._known:
-                    found = self._known[number]
-                    break
-                alone.append(number)
-            found = self._at(number) or self._above(number, seen, todo)
-        self._known.update(dict.fromkeys(alone, found))
-        return found
+        found = map(self._nearest, self._leaves.get(leaf, ()))
+        return min(found, key=lambda pair: pair[0], default=(math.inf, None))[1]
+
+    def _nearest(self, start: int) -> tuple[float, Origin | None]:
+        todo = [start]
+        while todo:
+            number = todo[-1]
+            here = self._at(number)
+            direct, above = (here, []) if here is not None else self._above(number)
+            unknown = [parent for parent in above if parent not in self._known]
+            if direct is None and unknown:
+                todo += unknown
+                continue
+            todo.pop()
+            found: list[tuple[float, Origin | None]] = [(0.0, direct)] if direct else []
+            found += [(self._known[p][0] + 1, self._known[p][1]) for p in above if direct is None]
+            self._known[number] = min(found, key=lambda pair: pair[0], default=(math.inf, None))
+        return self._known[start]
 
     def _at(self, number: int) -> Origin | None:
         """Tell whether what came to a node was well in its parts, and bad where it arrived."""
@@ -253,20 +258,20 @@ class _Search:
             return Origin(nodes[number].tag, hooked=True)
         return None
 
-    def _above(self, number: int, seen: set[int], todo: list[int]) -> Origin | None:
-        """Return the node above that made a gradient bad; those that had got it so are to be looked at."""
+    def _above(self, number: int) -> tuple[Origin | None, list[int]]:
+        """Return the origin right above a node, or else the nodes that had got the bad gradient from further above."""
+        further = []
         for parent, size in self._edges.get(number, ()):
-            if not self._bad(size) or parent in seen:
+            if not self._bad(size):
                 continue
-            seen.add(parent)
             arrived = self._incoming.get(parent, [])
             worst = (all if self._zero else any)(map(self._bad, arrived))
             if arrived and (worst or self._bad(self._passed.totals.get(parent, 1.0))):
-                todo.append(parent)
+                further.append(parent)
             elif self._passed.nodes[parent].tag >= 0:
                 source = self._passed.emptier(parent) if self._zero else None
-                return Origin(self._passed.nodes[parent if source is None else source].tag)
-        return None
+                return Origin(self._passed.nodes[parent if source is None else source].tag), []
+        return None, further
 
 
 _HAND_OUT = frozenset(["CatBackward0", "StackBackward0", "BlockDiagBackward0"])
