@@ -183,7 +183,11 @@ class Inspection(BackwardListener):
                 if found is status:
                     findings[name] = self._explain_origin(name, status)
         sizes = {name: self.parameters[name].numel() for name in findings}
-        return grouped(findings, statuses, step, sizes, tuple(self.parameters))
+        diagnoses = grouped(findings, statuses, step, sizes, tuple(self.parameters))
+        return tuple(
+            replace(d, help=_words.CALL_BACKWARD) if _words.NO_BACKWARD in d.notes else d
+            for d in diagnoses
+        )
 
     def reach(self, term: Tensor) -> Reach:
         """Return which parameters a term of the loss leads to, and where it was cut off if to none."""

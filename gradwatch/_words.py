@@ -168,6 +168,7 @@ COMPUTE_ANEW = "compute it anew from the parameter in each `forward`, where the 
 COMPUTED_EARLIER = "the value was computed before this step, and is used in the parameter's place"
 INSIDE_TRANSFORMS = "values inside of `torch.func` transforms cannot be followed"
 NO_BACKWARD = "no backward pass ran in this step"
+CALL_BACKWARD = "call `loss.backward()` in each step, before the optimizer's own"
 NOT_TRACED = (
     "tracing is switched off; with `trace: auto` in the configuration the cause is looked for"
 )

@@ -344,6 +344,8 @@ def _fact(diagnosis: Diagnosis, names: Sequence[str]) -> str:
     many = _is_many(names)
     if diagnosis.cause is Cause.NOT_IN_OPTIMIZER:
         return _words.IN_NO_OPTIMIZER[many]
+    if _words.NO_BACKWARD in diagnosis.notes:
+        return f"{_words.VERBS[diagnosis.status][many]}, as {_words.NO_BACKWARD}"
     if diagnosis.cause is Cause.UNDETERMINED:
         return f"{_words.VERBS[diagnosis.status][many]}, and the cause was not found"
     return _words.VERBS[diagnosis.status][many]

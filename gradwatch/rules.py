@@ -261,7 +261,7 @@ class Judge:
     def observe(self, observation: Observation) -> tuple[Alert, ...]:
         """Return the alerts that fire in this step: those of rules first, then those of the contract.
 
-        What was said of a parameter is not said again until its streak was broken.
+        What was said of a parameter is not said again until its streak was broken, but for what ends the run.
 
         Args:
             observation: The facts about the step; steps come in order.
@@ -287,7 +287,8 @@ class Judge:
             else:
                 continue
             if due:
-                track.said.update(due)
+                # What ends a run is said until it does: the user's own `except` may have caught it.
+                track.said.update(due if track.rule.action is not Action.ABORT else ())
                 alerts.append(_alert(track.rule, due, observation))
         return (*alerts, *self._judge_contract(missing, observation))
 

@@ -1046,7 +1046,8 @@ class Watcher:
         meant = self._unexplained(facts)
         found: list[Diagnosis] = []
         orphans = [name for name in self._owners.orphans if name in covered]
-        if self._owners.known and not self._ledger.knows_orphans:
+        # What was frozen when the optimizer was made may have been unfrozen since.
+        if self._owners.known and (self._is_logged or not self._ledger.knows_orphans):
             self._ledger.knows_orphans = True
             told = self._ledger.orphans
             wanting = [

@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -102,6 +103,7 @@ class Run:
     def __init__(self, model: nn.Module, config: Any = None, **options: Any) -> None:
         self.model = model
         self.sink = MemorySink()
+        self.written: list[bool] = []
         self.optimizer = options.pop("optimizer", None) or sgd(model)
         self.watcher = Watcher(
             model, config, optimizers=[self.optimizer], sinks=[self.sink], **options
@@ -1001,7 +1003,8 @@ def test_without_a_backward_pass_no_cause_is_made_up():
         Cause.UNDETERMINED,
         ("no backward pass ran in this step",),
     )
-    assert "and the cause was not found" in str(diagnosis)
+    assert "get no gradient, as no backward pass ran" in str(diagnosis)
+    assert "= help: call `loss.backward()`" in str(diagnosis)
 
 
 @pytest.mark.parametrize("make", [Watcher, diagnose])
@@ -1619,3 +1622,40 @@ def test_what_another_optimizer_has_is_not_hidden():
         other.step()
 
     assert watcher.diagnoses == ()
+
+
+def test_an_abort_that_is_caught_comes_again():
+    """A loop that passes over any error is stopped in every step, for as long as the rule's reason holds."""
+    with Run(Detached(), for_steps=2, action="abort") as run:
+        weight = run.model.get_parameter("b.weight").clone()
+        for _ in range(5):
+            with suppress(RuntimeError):
+                run.step()
+            written = not torch.equal(weight, run.model.get_parameter("b.weight"))
+            weight = run.model.get_parameter("b.weight").clone()
+            run.written.append(written)
+
+    assert run.written == [True, False, False, False, False]
+
+
+def test_what_is_unfrozen_in_a_run_may_be_in_no_optimizer():
+    """Layers that were frozen when the optimizer was made, and are not in it, are found once they want a gradient."""
+    model = Healthy()
+    first = next(model.children()).requires_grad_(requires_grad=False)
+    with Run(model, PATIENT, every_n_steps=2) as run:
+        run.step(2)
+        first.requires_grad_()
+        run.step(4)
+
+    assert [(d.cause, d.step, d.parameters) for d in run.watcher.diagnoses] == [
+        (Cause.NOT_IN_OPTIMIZER, 3, ("a.weight",))
+    ]
+
+
+def test_what_the_contract_covers_is_not_counted(capsys: pytest.CaptureFixture[str]):
+    """Where every missing gradient is meant, nothing is printed."""
+    contract = [{"parameters": "a.*", "gradient": "none"}]
+    with Run(Detached(), {"contract": contract, "rules": []}, every_n_steps=1) as run:
+        run.step(3)
+
+    assert capsys.readouterr().err == ""

@@ -81,7 +81,7 @@ class ConsoleSink:
             if alert.action is not Action.LOG and alert not in self._alerts:
                 self._alerts.add(alert)
                 blocks.append(render(alert, self._names))
-        if not self._counted and set(report.statuses.values()) - {Status.OK}:
+        if not self._counted and _is_worth_counting(report):
             self._counted = True
             blocks.append(f"note: {summary_line(report)}")
         if blocks:
@@ -119,6 +119,15 @@ class ConsoleSink:
                 stream.flush()
         except (OSError, ValueError):  # closed in between, or the reader of the pipe is gone
             return
+
+
+def _is_worth_counting(report: Report) -> bool:
+    """Tell whether parameters are frozen, or missing and not meant to be: what is explained by no more than a count."""
+    explained = {name for diagnosis in report.diagnoses for name in diagnosis.parameters}
+    return any(
+        status is Status.FROZEN or (status is Status.MISSING and name in explained)
+        for name, status in report.statuses.items()
+    )
 
 
 def painted(block: str, stream: TextIO, *, color: bool | None = None) -> str:
