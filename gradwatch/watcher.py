@@ -307,10 +307,18 @@ class Watcher:
             self.settle()
         else:
             self.after_backward()
-            self.before_step(None)
+            if not self._is_idle():
+                self.before_step(None)
         self.end_batch()
         if self._off:
             self._end()
+
+    @_harmless
+    def _is_idle(self) -> bool:
+        """Tell whether no gradient has arrived at all, nor any backward pass been seen: it was no step of training."""
+        seen = self._inspection is not None and self._inspection.passes
+        wanting = sum(map(_wants, self._names.parameters.values()))
+        return not seen and len(self._sensor.missing()) == wanting
 
     @_harmless_hook
     def _before_plain_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -334,16 +342,22 @@ class Watcher:
                 self._note_outside()
 
     def _is_ours(self, optimizer: Any) -> bool:
-        """Tell whether an optimizer is watched; where none were named, any with our parameters is."""
+        """Tell whether an optimizer is watched; any with our parameters is, also one that was not named.
+
+        Of a wrapper and the optimizer inside of it, both of which step, the first one counts.
+        """
         if self._off or self._judge is None:
             return False
         if self._owners.holds(optimizer):
             return True
         ours = {id(parameter) for parameter in self._names.parameters.values()}
         held = _tensors_of(optimizer)
-        if self._complete or ours.isdisjoint(held):
+        if ours.isdisjoint(held):
             if not self._knows_unregistered:
                 self._elsewhere |= held
+            return False
+        names = self._names.parameters.items()
+        if any(name in self._written for name, p in names if id(p) in held):
             return False
         self._optimizers = (*self._optimizers, optimizer)
         self._look_at_model(midway=True)
@@ -814,8 +828,10 @@ class Watcher:
         """Say which optimizers never stepped, so that nothing is known of their parameters."""
         if (self._backwards or self._had_block) and not self._steps:
             _log.warning(_words.NO_STEP)
+        stepped = (o for place, o in enumerate(self._optimizers) if place in self._moved)
+        moved = {name for optimizer in stepped for name in self._owners.owned(optimizer)}
         for place, optimizer in enumerate(self._optimizers if self._steps and self._writes else ()):
-            names = self._owners.owned(optimizer)
+            names = [name for name in self._owners.owned(optimizer) if name not in moved]
             if place not in self._moved and names:
                 folded = explain.fold(names, tuple(self._names.parameters))
                 _log.warning(_words.never_stepped(place, folded))

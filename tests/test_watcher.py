@@ -1659,3 +1659,71 @@ def test_what_the_contract_covers_is_not_counted(capsys: pytest.CaptureFixture[s
         run.step(3)
 
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_optimizer_that_takes_the_place_of_another_is_watched(named: bool):  # noqa: FBT001
+    """An optimizer made in the run is watched, whether others were named or not."""
+    model = Detached()
+    first, second = sgd(model), sgd(model)
+    config = {"rules": [], "trace": "never"}
+    with Watcher(model, config, optimizers=[first] if named else ()) as watcher:
+        for optimizer in (first, first, second, second):
+            with watcher.step():
+                optimizer.zero_grad()
+                model(batch()).backward()
+                optimizer.step()
+
+    assert watcher.state_dict()["judge"]["streaks"] == {"a.weight": 4}
+
+
+class Bare:
+    """A wrapper that is no optimizer of torch's, and has no hooks: its inner one steps."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.param_groups = inner, inner.param_groups
+
+    def step(self) -> None:
+        self.inner.step()
+
+
+class Whole(torch.optim.Optimizer):
+    """One that is, so that the hooks of both run."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("kind", [Bare, Whole])
+def test_a_wrapped_optimizer_steps_once(kind: Any, caplog: pytest.LogCaptureFixture):
+    """Of a wrapper and what is inside of it one step is judged, and neither is said never to have stepped."""
+    model = Healthy()
+    optimizer = kind(sgd(model))
+    with Watcher(model, PATIENT, optimizers=[optimizer]) as watcher:
+        for _ in range(3):
+            with watcher.step():
+                model(batch()).backward()
+                optimizer.step()
+
+    assert watcher.state_dict()["steps"] == 3
+    assert caplog.messages == []
+
+
+def test_steps_that_only_act_are_no_steps_of_training():
+    """Where no optimizer was named yet, a block without a backward pass judges nothing."""
+    model = Healthy()
+    optimizer = sgd(model)
+    with Watcher(model, for_steps=2) as watcher:
+        for number in range(8):
+            with watcher.step():
+                loss = model(batch())
+                if number > 4:
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+    assert (watcher.diagnoses, watcher.state_dict()["steps"]) == ((), 3)

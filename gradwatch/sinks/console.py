@@ -123,10 +123,9 @@ class ConsoleSink:
 
 def _is_worth_counting(report: Report) -> bool:
     """Tell whether parameters are frozen, or missing and not meant to be: what is explained by no more than a count."""
-    explained = {name for diagnosis in report.diagnoses for name in diagnosis.parameters}
-    return any(
-        status is Status.FROZEN or (status is Status.MISSING and name in explained)
-        for name, status in report.statuses.items()
+    explained = (name for diagnosis in report.diagnoses for name in diagnosis.parameters)
+    return Status.FROZEN in report.statuses.values() or any(
+        report.statuses.get(name) is Status.MISSING for name in explained
     )
 
 
