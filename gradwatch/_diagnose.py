@@ -132,6 +132,15 @@ class Inspection(BackwardListener):
         return self.sensor.arrived.intersection(self.trace.clearings)
 
     @property
+    def by_hand(self) -> frozenset[str]:
+        """Names of those that the user's program wrote itself after a backward pass, where no optimizer stepped."""
+        if self.trace.spans or not self.trace.backwards:
+            return frozenset()
+        values, later = self.trace.values, self.trace.ops[self.trace.backwards[0].after :]
+        written = (values[old].parameter for op in later for old in op.kept.values())
+        return frozenset(name for name in written if name is not None)
+
+    @property
     def received(self) -> frozenset[str]:
         """Names of those that hold a gradient of this step, from a backward pass or by hand."""
         return (self.sensor.arrived | self.trace.assigned) - self.trace.clearings.keys()

@@ -148,6 +148,8 @@ class Backward:
     """``id`` of the tensors named by ``inputs=``; None when it was not given."""
     wanted: tuple[int, ...] = ()
     """The values named by it."""
+    after: int = 0
+    """Operations that ran before it."""
 
 
 @dataclass(slots=True, eq=False)

@@ -69,6 +69,7 @@ SIGNS = dict.fromkeys(("eq", "ne", "gt", "ge", "lt", "le"), "a comparison") | {
 """What to call an operation that the source has as a sign: Python calls `lt` for `h > self.limit` too."""
 LABELS_BY_OPERATION = {
     (Cause.NOT_IN_LOSS, "grad"): "the derivative does not depend on it",
+    (Cause.NOT_REQUESTED, "grad"): "this call fills no `.grad`",
 }
 SUMMARIES = {
     Cause.FROZEN: "`requires_grad` is False, so no gradient is computed.",
@@ -138,6 +139,11 @@ HELPS_BY_OPERATION = {
             "weigh with the value itself, since a count has no derivative, or {freeze}",
         ),
         (Cause.NOT_IN_LOSS, "grad", "add a term of the value itself to the loss, or {freeze}"),
+        (
+            Cause.NOT_REQUESTED,
+            "grad",
+            "call `backward()`, or put what the call returns into `.grad`",
+        ),
         (Cause.NO_GRAD, "grad", "pass `create_graph=True`, so that the result has a history"),
         (Cause.NON_DIFFERENTIABLE, "argmax argmin multinomial getitem", _SOFT),
         (Cause.NON_DIFFERENTIABLE, "eq ne gt ge lt le", _STEP),
@@ -173,6 +179,10 @@ NOT_TRACED = (
     "tracing is switched off; with `trace: auto` in the configuration the cause is looked for"
 )
 GRAD_FILLS_NOTHING = "`torch.autograd.grad` returns gradients, and fills no `.grad`"
+BY_HAND = (
+    "gradients are used up by hand within the step: their parameters are not judged; to have them watched, leave "
+    "`.grad` as it is until the step ends, and clear it before the next backward pass"
+)
 TAKEN_AWAY = (
     "an optimizer steps inside of backward and empties `.grad`: the gradients of its parameters cannot be "
     "seen, and nothing is said about them"

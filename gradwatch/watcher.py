@@ -186,6 +186,8 @@ class Watcher:
     _said_outside = False
     _moved: frozenset[int] = frozenset()
     """Positions of the optimizers that have stepped."""
+    _used_up: frozenset[str] = frozenset()
+    """Names of those whose gradients are gone, by the user's own hand, when a step is judged."""
     _knows_unregistered = False
     _elsewhere: frozenset[int] = frozenset()
     """The ``id`` of what optimizers write that are not watched, until it was looked for."""
@@ -316,7 +318,7 @@ class Watcher:
     @_harmless
     def _is_idle(self) -> bool:
         """Tell whether no gradient has arrived at all, nor any backward pass been seen: it was no step of training."""
-        seen = self._inspection is not None and self._inspection.passes
+        seen = self._inspection is not None and self._inspection.trace.backwards
         wanting = sum(map(_wants, self._names.parameters.values()))
         return not seen and len(self._sensor.missing()) == wanting
 
@@ -1043,12 +1045,23 @@ class Watcher:
             self._taken |= self._inspection.unseen
             emptied = self._inspection.cleared
             absent += [name for name in covered if name in emptied and name not in absent]
+            self._note_by_hand(self._inspection.by_hand.intersection(absent))
         unseen = [name for name in absent if name in self._taken or is_hidden(parameters[name])]
+        if self._used_up:
+            unseen = [n for n in covered if n in self._used_up or n in unseen]
         return Facts(
             missing=[name for name in absent if name not in unseen],
             frozen=lambda: self._frozen(covered),
             unseen=unseen,
         )
+
+    def _note_by_hand(self, names: frozenset[str]) -> None:
+        """Learn whose gradients the user's program uses up itself, before the step ends."""
+        if self._optimizers or names <= self._used_up:
+            return
+        if not self._used_up:
+            _log.warning(_words.BY_HAND)
+        self._used_up |= names
 
     def _frozen(self, covered: tuple[str, ...]) -> list[str]:
         """Return those that want no gradient; nearly always that is nobody, or always the same."""

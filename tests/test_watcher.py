@@ -1727,3 +1727,42 @@ def test_steps_that_only_act_are_no_steps_of_training():
                     optimizer.zero_grad()
 
     assert (watcher.diagnoses, watcher.state_dict()["steps"]) == ((), 3)
+
+
+def none(parameter: nn.Parameter) -> None:
+    parameter.grad = None
+
+
+def zeros(parameter: nn.Parameter) -> None:
+    assert parameter.grad is not None
+    parameter.grad.zero_()
+
+
+@pytest.mark.parametrize("clear", [none, zeros, None])
+def test_a_loop_that_writes_its_parameters_itself_is_no_fault(
+    clear: Any, caplog: pytest.LogCaptureFixture
+):
+    """Where gradients are used up by hand before the step ends nothing is said of them, but for one line."""
+    model = Healthy()
+    with Watcher(model, for_steps=2, every_n_steps=1) as watcher:
+        for _ in range(5):
+            with watcher.step():
+                loss = model(batch())
+                if clear is None:
+                    gradients = torch.autograd.grad(loss, list(model.parameters()))
+                else:
+                    loss.backward()
+                    gradients = tuple(
+                        p.grad.clone() for p in model.parameters() if p.grad is not None
+                    )
+                with torch.no_grad():
+                    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                        parameter.sub_(0.01 * gradient)
+                        if clear is not None:
+                            clear(parameter)
+
+    assert (watcher.diagnoses, watcher.report.alerts) == ((), ())
+    assert set(watcher.report.statuses.values()) == {Status.UNSEEN}
+    assert [m.partition(":")[0] for m in caplog.messages] == [
+        "gradients are used up by hand within the step"
+    ]
