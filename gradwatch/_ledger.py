@@ -72,6 +72,20 @@ class Facts:
             }
         self._take(measure(gradients, scales, total, dtype), parameters)
 
+    def hold_emptied(self, names: Collection[str]) -> None:
+        """Take zeros for emptied gradients still, and what was not measured for what cannot be told.
+
+        Args:
+            names: Those whose gradients were emptied in an earlier step, and that hold the same tensors.
+        """
+        held = [name for name in names if name not in self.missing]
+        if self.measured:
+            zeros = [name for name in held if self.statuses.get(name) is Status.ZERO]
+            self.missing += zeros
+            self.statuses |= dict.fromkeys(zeros, Status.MISSING)
+        else:
+            self.unseen += held
+
     def before_clipping(
         self,
         early: GradStats | None,

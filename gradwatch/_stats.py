@@ -16,7 +16,7 @@ import weakref
 from contextlib import suppress
 from functools import cached_property
 from itertools import compress, repeat
-from operator import and_, attrgetter, call, is_, is_not, ne, not_
+from operator import and_, attrgetter, call, is_, is_not, ne, not_, sub
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -67,6 +67,7 @@ class Sensor:
         """Whether that pass is over: where nothing was held, looking can wait until somebody asks."""
         self._clears = False
         """Whether the user's loop leaves no gradient behind at the end of a step."""
+        self._lagging: frozenset[int] = frozenset()
 
     @cached_property
     def dtype(self) -> torch.dtype | None:
@@ -85,6 +86,19 @@ class Sensor:
         """Names of those that the last backward pass gave a gradient to."""
         self._look()
         return frozenset(self.names[position] for position in self._latest)
+
+    @property
+    def renewed(self) -> frozenset[str]:
+        """Names of those whose gradient is another object than before, and so not what ``zero_grad`` left."""
+        return frozenset(self.names[position] for position in self._sure)
+
+    @property
+    def lagging(self) -> frozenset[str]:
+        """Names of those that were written less often than others since the pass began, as far as was looked.
+
+        Where ``zero_grad(set_to_none=False)`` came after that moment these may be zeros that nothing was added to.
+        """
+        return frozenset(self.names[position] for position in self._lagging)
 
     @property
     def is_complete(self) -> bool:
@@ -213,11 +227,12 @@ class Sensor:
             return
         there = (present or self._present()).positions
         replaced = there
-        self._latest = there
+        self._latest, self._lagging = there, frozenset()
         if held.refs:
             gradients = self._gradients()
             replaced = there & held.replaced(gradients)
             self._latest = replaced | (there & held.moved(gradients))
+            self._lagging = held.lagging(gradients) & there - replaced
         self._arrived = self._joined(self._arrived, self._latest)
         self._sure = self._joined(self._sure, replaced)
         self._held, self._is_over = None, False
@@ -304,7 +319,17 @@ class _Held(NamedTuple):
         moved = map(ne, self.versions, _versions(gradients))
         return frozenset(compress(range(len(gradients)), moved))
 
+    def lagging(self, gradients: Sequence[Tensor | None]) -> frozenset[int]:
+        """Return the positions at which the version has moved by less than elsewhere."""
+        moves = list(map(sub, _versions(gradients), self.versions))
+        most = max(moves, default=0)
+        if most < _AGAIN:
+            return frozenset()
+        return frozenset(place for place, move in enumerate(moves) if 0 < move < most)
 
+
+_AGAIN = 2
+"""Writes of which the first may have been ``zero_grad``'s."""
 _NOTHING = _Held([], [])
 _grad, _wants = attrgetter("grad"), attrgetter("requires_grad")
 _dtype = attrgetter("dtype")

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import compress
 from operator import attrgetter, not_
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 from torch import Tensor
@@ -188,6 +189,10 @@ class Watcher:
     """Positions of the optimizers that have stepped."""
     _used_up: frozenset[str] = frozenset()
     """Names of those whose gradients are gone, by the user's own hand, when a step is judged."""
+    _known_lags: Mapping[str, bool] = MappingProxyType({})
+    """Whether those whose gradients are written less often than others do get one, as traced steps have shown."""
+    _doubted: frozenset[str] = frozenset()
+    """Names of those of which the next traced step is to tell whether a gradient arrives."""
     _knows_unregistered = False
     _elsewhere: frozenset[int] = frozenset()
     """The ``id`` of what optimizers write that are not watched, until it was looked for."""
@@ -903,7 +908,7 @@ class Watcher:
 
     def _judged(self, covered: tuple[str, ...], optimizer: Any) -> Report | None:
         """Return the report of a step, None where there is nothing to say."""
-        if self._is_quiet() and not self._sensor.missing():
+        if self._is_quiet() and not self._sensor.missing() and not self._sensor.lagging:
             return None
         # What is computed here is no part of the user's program.
         with nullcontext() if self._inspection is None else self._inspection.trace.paused():
@@ -940,6 +945,7 @@ class Watcher:
             if logged and self._early is not None:
                 owned = self._owners.owned(optimizer)
                 clipped = facts.before_clipping(self._early, parameters, owned)
+        facts.hold_emptied(self._emptied_before(covered))
         searching = bool(facts.stats.nonfinite) and is_searching(self._scaler)
         if searching:
             facts.bad = [n for n in facts.bad if facts.statuses[n] is not Status.NONFINITE]
@@ -1046,6 +1052,7 @@ class Watcher:
             emptied = self._inspection.cleared
             absent += [name for name in covered if name in emptied and name not in absent]
             self._note_by_hand(self._inspection.by_hand.intersection(absent))
+        absent += self._left_at_zero(covered, absent)
         unseen = [name for name in absent if name in self._taken or is_hidden(parameters[name])]
         if self._used_up:
             unseen = [n for n in covered if n in self._used_up or n in unseen]
@@ -1054,6 +1061,25 @@ class Watcher:
             frozen=lambda: self._frozen(covered),
             unseen=unseen,
         )
+
+    def _emptied_before(self, covered: tuple[str, ...]) -> list[str]:
+        """Return those that hold the very gradients which an earlier step has emptied: zeros, as far as is known."""
+        made = [d for d in self._ledger.holding if d.cause is Cause.CLEARED]
+        if not made or self._inspection is not None:
+            return []
+        names = {name for diagnosis in made for name in diagnosis.parameters}
+        names -= self._sensor.renewed
+        return [name for name in covered if name in names]
+
+    def _left_at_zero(self, covered: tuple[str, ...], absent: Sequence[str]) -> list[str]:
+        """Return those whose gradients are zeros of ``zero_grad`` that nothing was added to, as traced steps have shown."""
+        lagging = self._sensor.lagging.intersection(covered).difference(absent)
+        if self._inspection is None:
+            self._doubted = lagging - self._known_lags.keys()
+        elif self._micro_batches < MAX_MICRO_BATCHES:  # else not every backward pass was seen
+            received = self._inspection.received
+            self._known_lags = {**self._known_lags, **{n: n in received for n in lagging}}
+        return [n for n in covered if n in lagging and not self._known_lags.get(n, True)]
 
     def _note_by_hand(self, names: frozenset[str]) -> None:
         """Learn whose gradients the user's program uses up itself, before the step ends."""
@@ -1126,6 +1152,9 @@ class Watcher:
         """Trace the next step when something is wrong that has no diagnosis yet."""
         if self.config.trace == "never":
             return
+        if self._doubted:
+            self._wanted.add("missing")
+            self._doubted = frozenset()
         for name in self._unexplained(facts):
             self._sought.add(name)
             if facts.statuses[name] is Status.NONFINITE:

@@ -1766,3 +1766,56 @@ def test_a_loop_that_writes_its_parameters_itself_is_no_fault(
     assert [m.partition(":")[0] for m in caplog.messages] == [
         "gradients are used up by hand within the step"
     ]
+
+
+def test_zeros_that_are_left_in_the_block_are_no_gradient():
+    """With ``zero_grad(set_to_none=False)`` first in the block a layer that is cut off later is found, and counted."""
+    model = Fork("left", "right")
+    optimizer = sgd(model)
+    with Watcher(model, optimizers=[optimizer], for_steps=4) as watcher:
+        for number in range(12):
+            with watcher.step():
+                optimizer.zero_grad(set_to_none=False)
+                x = batch()
+                left, right = (branch(x).sum() for branch in model.branches.values())
+                (left + (right if number < 5 else right.detach())).backward()
+                optimizer.step()
+
+    assert [(d.cause, d.step, d.parameters) for d in watcher.diagnoses] == [
+        (Cause.DETACHED, 6, (a("right"),))
+    ]
+    assert watcher.state_dict()["judge"]["streaks"] == {a("right"): 6}
+
+
+def test_fewer_gradients_than_others_are_gradients():
+    """What one of two backward passes reaches is well, also where its gradient is written once less."""
+    model = Fork("left", "right")
+    optimizer = sgd(model)
+    with Watcher(model, for_steps=2, optimizers=[optimizer], every_n_steps=1) as watcher:
+        for _ in range(6):
+            with watcher.step():
+                optimizer.zero_grad(set_to_none=False)
+                model(batch()).backward()
+                model.branches["left"](batch()).sum().backward()
+                optimizer.step()
+
+    assert watcher.diagnoses == ()
+    assert set(watcher.report.statuses.values()) == {Status.OK}
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_gradients_that_are_zeroed_before_each_step_stay_cleared(every: int):
+    """Zeros in place of gradients do not end a diagnosis, nor the streak of its rule."""
+    model = Healthy()
+    optimizer = sgd(model)
+    with Watcher(model, optimizers=[optimizer], for_steps=3, every_n_steps=every) as watcher:
+        for _ in range(12):
+            with watcher.step():
+                model(batch()).backward()
+                optimizer.zero_grad(set_to_none=False)
+                optimizer.step()
+
+    assert [(d.cause, d.healed_at) for d in watcher.diagnoses] == [(Cause.CLEARED, None)]
+    assert set(watcher.report.statuses.values()) == {Status.MISSING}
+    streak = 12 if every == 1 else 1 + 12 // every
+    assert set(watcher.state_dict()["judge"]["streaks"].values()) == {streak}
