@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 _SHOWN_ROWS = 50
+_WRITES_DATA = re.compile(r"\.data(\[[^\]]*\])?\s*(\.\w+_\(|[-+*/@|&^]?=(?!=))")
+"""A line that writes through `.data`, by an assignment or by a method that works in place."""
 SEVERITIES = {
     Action.LOG: Severity.NOTE,
     Action.WARN: Severity.WARNING,
@@ -197,6 +199,8 @@ def help_for(
     is_sign = _word(operation) == "bool"  # which `if` and `while` call
     if cause in _words.HELPS_OUT_OF_SIGHT and not (is_sign or _shows(site, _word(operation))):
         template, call = _words.HELPS_OUT_OF_SIGHT[cause], "this call"
+    if cause is Cause.DETACHED and site and _WRITES_DATA.search(site.source or ""):
+        template = _words.WRITTEN_THROUGH_DATA
     if template is None:
         return None
     it = "it" if len(parameters) == 1 else "them"

@@ -342,6 +342,24 @@ def test_a_very_long_line_is_shown_around_the_expression(before):
     assert marked(2).startswith("aaa")
 
 
+@pytest.mark.parametrize(
+    ("source", "is_written"),
+    [
+        ("out.data.copy_(h)", True),
+        ("self.weight.data += b @ a", True),
+        ("self.weight.data[0] = h", True),
+        ("h = self.weight.data * 2", False),
+        ("if self.weight.data == h:", False),
+    ],
+)
+def test_what_is_written_through_data_is_not_helped_by_its_removal(source, is_written):
+    """To remove `.data` from a write would leave an error, or zeros: the help is to use the result."""
+    site = Site("net.py", 7, column=0, end_column=9, source=source)
+    advice = help_for(Cause.DETACHED, "torch.Tensor.data", ["w"], site) or ""
+
+    assert advice.startswith("use the result itself") == is_written
+
+
 def test_notes_of_several_lines():
     """The further lines of a note are indented, and nothing in it reaches the terminal raw."""
     found = plain(notes=("one\n\x1btwo",))
