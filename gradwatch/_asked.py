@@ -24,6 +24,7 @@ from gradwatch._failure import (
     before_torch,
     begun_at,
     failing,
+    failing_places,
     last_of_user,
     layer_made_at,
     line_at,
@@ -152,7 +153,10 @@ def loss_made_by(
         if asked is None or not made:
             return failing(kind)(raised)
         shaped = [at(op.place) for op in reversed(made)]
-        return _words.error_note(kind, listed(shaped[0], shaped[-1], at(asked.place)))
+        none = _in_nearest_file(raised, lambda f: _statements.constants(f, "reduction", "none"))
+        kept = [role_of("keeps one value for each", statement(s)) for s in none[:2]]
+        places = listed(shaped[0], shaped[-1], *kept, at(asked.place))
+        return _words.error_note(kind, places)
 
     return find
 
@@ -486,11 +490,66 @@ def _files_of(raised: Raised) -> list[str]:
     return list(dict.fromkeys(files))
 
 
+def _in_nearest_file(
+    raised: Raised, find: Callable[[str], list[_source.Statement]]
+) -> list[_source.Statement]:
+    """Return what is found in the innermost of the user's files that has any."""
+    return next((found for file in _files_of(raised) if (found := find(file))), [])
+
+
 def sparse_gradients(raised: Raised) -> str | None:
     """Explain an optimizer that is given sparse gradients by the only place that asks for these."""
-    asked = [s for file in _files_of(raised) for s in _statements.keywords(file, "sparse")]
+    asked = [s for file in _files_of(raised) for s in _statements.constants(file, "sparse", True)]
     last = at(last_of_user(raised.error))
     return _words.error_note("sparse", listed(*map(statement, asked[:1]), last))
+
+
+def half_parameters(raised: Raised) -> str | None:
+    """Explain a scaler over parameters in float16 by the only place that casts to it."""
+    casts = _in_nearest_file(raised, _statements.casts_to_half)
+    cast = [statement(casts[0])] if len(casts) == 1 else []
+    return _words.error_note("half_parameters", listed(*cast, at(last_of_user(raised.error))))
+
+
+def random_in_vmap(raised: Raised) -> str | None:
+    """Explain random numbers under ``vmap`` by its only call, or the decorator that is one."""
+    maps = _in_nearest_file(raised, lambda file: _statements.mentions(file, "vmap"))
+    one = [role_of("the `vmap`", statement(maps[0]))] if len(maps) == 1 else []
+    return _words.error_note("random_in_vmap", listed(at(last_of_user(raised.error)), *one))
+
+
+def array_of_a_leaf(raised: Raised) -> str | None:
+    """Explain a tensor that NumPy cannot take by the only place that lets a tensor require grad."""
+    failed = raised.failed
+    calls = _in_nearest_file(raised, lambda f: _statements.method_calls(f, "requires_grad_"))
+    of_input = failed is not None and not _has_parameters(raised, failed.read)
+    asked = [statement(calls[0])] if of_input and len(calls) == 1 else []
+    places = [at(place) for place in failing_places(raised)]
+    return _words.error_note("numpy", listed(*asked, *places)) if places else None
+
+
+def _has_parameters(raised: Raised, numbers: Iterable[int]) -> bool:
+    """Tell whether values were computed from any parameter."""
+    seen, todo = set[int](), list(numbers)
+    while todo:
+        number = todo.pop()
+        if raised.trace.values[number].parameter is not None:
+            return True
+        made = raised.maker_of(number)
+        if number not in seen and made is not None:
+            todo.extend(made.inputs)
+        seen.add(number)
+    return False
+
+
+def leaf_in_place(raised: Raised) -> str | None:
+    """Explain a leaf that is changed in place by the call, and by the layer that does so where it is one."""
+    places = [at(place) for place in failing_places(raised)]
+    layer = local_owner(raised.error, "self")
+    if getattr(layer, "inplace", False):
+        set_at = _in_nearest_file(raised, lambda f: _statements.reassignments(f, "inplace"))
+        places = [*map(statement, set_at[:1]), layer_made_at(raised.model, layer), *places]
+    return _words.error_note("leaf_in_place", listed(*places)) if places else None
 
 
 def norm_in_vmap(raised: Raised) -> str | None:

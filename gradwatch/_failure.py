@@ -294,20 +294,21 @@ def at(place: _frames.Place | None) -> str | None:
     return listed(_words.place(site.caller) if site.caller else None, _words.place(site))
 
 
+def failing_places(raised: Raised) -> list[_frames.Place]:
+    """Return the call that raised, behind those that chose what it was given."""
+    failed = raised.failed
+    place = before_torch(raised.error) if failed is None else failed.place
+    if raised.asked is not None:  # what a checkpoint runs again in backward has lines of its own
+        place = last_of_user(raised.error) or place
+    return [] if place is None else [*raised.callers_of(place), place]
+
+
 def failing(kind: str) -> Find:
     """Explain an error by the call that raised it."""
 
     def find(raised: Raised) -> str | None:
-        failed = raised.failed
-        place = before_torch(raised.error) if failed is None else failed.place
-        if (
-            raised.asked is not None
-        ):  # what a checkpoint runs again in backward has lines of its own
-            place = last_of_user(raised.error) or place
-        if place is None:
-            return None
-        places = [*raised.callers_of(place), place]
-        return _words.error_note(kind, listed(*map(at, places)))
+        places = failing_places(raised)
+        return _words.error_note(kind, listed(*map(at, places))) if places else None
 
     BY_PLACE[find] = kind
     return find

@@ -91,6 +91,7 @@ def kept_anywhere(
     found = [
         (name, statements)
         for cls, attribute, name in keepers_in(model)
+        if not cls.__module__.startswith("torch.")
         if (statements := _statements.keepings(cls, attribute))
     ]
     found.sort(key=lambda each: each[0].rpartition(".")[2] not in near)
@@ -399,6 +400,10 @@ def copied_whole(raised: Raised) -> str | None:
     """Explain the copy of a computed tensor by the attribute that keeps it, else by what made it."""
     kept = kept_anywhere(raised.model)
     failed = raised.failed
+    pruned = _pruned(raised.model)
+    if pruned is not None:
+        last = None if failed is None else at(failed.place)
+        return _words.error_note("copy_of_a_result", listed(pruned, last))
     if kept is None:
         return failing("copy_of_a_result")(raised)
     copied = None if failed is None else at(failed.place)
@@ -421,3 +426,12 @@ def without_history(kind: str) -> Find:
         return _words.error_note(kind, listed(cut, role_of("made here", made), *map(at, places)))
 
     return find
+
+
+def _pruned(model: nn.Module) -> str | None:
+    """Return where the text replaces parameters of torch's own layers by results, if a model has such layers."""
+    if not any(cls.__module__.startswith("torch.") for cls, _, _ in keepers_in(model)):
+        return None
+    files = dict.fromkeys(_source.file_of(type(module)) for module in model.modules())
+    found = [s for file in files if file for s in _statements.prunings(file)]
+    return statement(found[0]) if found else None

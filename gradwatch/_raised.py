@@ -18,12 +18,15 @@ from torch import Tensor
 
 from gradwatch import _frames, _source, _statements, _words, explain
 from gradwatch._asked import (
+    array_of_a_leaf,
     changed_by_a_hook,
     from_inference_mode,
     func_of_a_vector,
+    half_parameters,
     hook_of_a_module,
     in_function,
     inputs_in_a_reentrant_checkpoint,
+    leaf_in_place,
     loss_made_by,
     made_and_failing,
     no_leaf,
@@ -33,6 +36,7 @@ from gradwatch._asked import (
     not_in_graph,
     nothing_in_a_checkpoint,
     number_for_a_loss,
+    random_in_vmap,
     recomputed_otherwise,
     serialised_result,
     sparse_gradients,
@@ -180,13 +184,21 @@ def _untraced(error: Exception, model: nn.Module, find: Find) -> str:
     return untraced
 
 
+BY_PLACE.update(
+    {
+        array_of_a_leaf: "numpy",
+        half_parameters: "half_parameters",
+        leaf_in_place: "leaf_in_place",
+        random_in_vmap: "random_in_vmap",
+    }
+)
 _KINDS: tuple[tuple[str, Find], ...] = (
     ("does not require grad and does not have a grad_fn", no_history),
     ("modified by an inplace operation", overwritten),
     ("Trying to backward through the graph a second time", gone_over_twice),
-    ("a leaf Variable that requires grad is being used in an in-place", failing("leaf_in_place")),
-    ("a view of a leaf Variable that requires grad", failing("leaf_in_place")),
-    ("invalid index of a 0-dim tensor", failing("index_of_scalar")),
+    ("a leaf Variable that requires grad is being used in an in-place", leaf_in_place),
+    ("a view of a leaf Variable that requires grad", leaf_in_place),
+    ("invalid index of a 0-dim tensor", made_and_failing("index_of_scalar")),
     (
         "can be implicitly created only for scalar outputs",
         loss_made_by("not_scalar", lambda shape, _: math.prod(shape) > 1),
@@ -199,7 +211,7 @@ _KINDS: tuple[tuple[str, Find], ...] = (
     ("Inference tensors cannot be saved for backward", from_inference_mode),
     ("Inplace update to inference tensor", from_inference_mode),
     ("on inference tensor outside InferenceMode", from_inference_mode),
-    ("is not differentiable with respect to argument", failing("no_derivative")),
+    ("is not differentiable with respect to argument", made_and_failing("no_derivative")),
     ("is not implemented", without_derivative),
     ("no autograd formula was registered", without_formula),
     ("view was created in no_grad mode and is being modified inplace", view_without_history),
@@ -211,7 +223,7 @@ _KINDS: tuple[tuple[str, Find], ...] = (
         "cannot register a hook on a tensor that doesn't require",
         without_history("nothing_to_hook"),
     ),
-    ("Can't call numpy() on Tensor that requires grad", failing("numpy")),
+    ("Can't call numpy() on Tensor that requires grad", array_of_a_leaf),
     ("nly Tensors of floating point", failing("integer")),
     ("Can't detach views in-place", failing("detach_of_a_view")),
     ("Only Tensors created explicitly by the user", copied_whole),
@@ -234,7 +246,7 @@ _KINDS: tuple[tuple[str, Find], ...] = (
     ("can't optimize a non-leaf Tensor", no_leaf),
     ("' as parameter '", raising("no_parameter")),
     ("unscale_() has already been called", raising("unscaled_twice")),
-    ("Attempting to unscale FP16 gradients", raising("half_parameters")),
+    ("Attempting to unscale FP16 gradients", half_parameters),
     ("No inf checks were recorded for this optimizer", stepped_over_nothing),
     ("does not support sparse gradients", sparse_gradients),
     ("refusing to serialize non-leaf tensor", serialised_result),
@@ -245,7 +257,7 @@ _KINDS: tuple[tuple[str, Find], ...] = (
     ("Backward hook returned an invalid number", hook_of_a_module),
     ("override the setup_context staticmethod", raising("no_setup_context")),
     ("none of output has requires_grad=True", nothing_in_a_checkpoint),
-    ("vmap: called random operation", raising("random_in_vmap")),
+    ("vmap: called random operation", random_in_vmap),
     ("vmap: inplace arithmetic", raising("in_place_in_vmap")),
     ("object has no attribute 'backward'", number_for_a_loss),
     ("'NoneType'", none_for_a_gradient),

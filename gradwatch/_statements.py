@@ -29,6 +29,7 @@ from gradwatch._source import (
     span,
     span_of,
     statements_of,
+    targets_of,
     tree,
 )
 
@@ -349,6 +350,14 @@ def outer_assignment(step: Step) -> Statement | None:
     return None
 
 
+def mentions(file: str, name: str) -> list[Statement]:
+    """Return where a file names a function: in a call, a decorator, or as an argument, but not to import it."""
+    module = tree(file)
+    nodes = () if module is None else ast.walk(module)
+    named = [n for n in nodes if isinstance(n, (ast.Name, ast.Attribute)) and last_name(n) == name]
+    return statements_of(file, named)
+
+
 def method_calls(file: str, name: str) -> list[Statement]:
     """Return the calls of a method of this name in a file."""
     module = tree(file)
@@ -357,11 +366,58 @@ def method_calls(file: str, name: str) -> list[Statement]:
     return statements_of(file, methods)
 
 
-def keywords(file: str, name: str) -> list[Statement]:
-    """Return the calls in a file that set a keyword to True."""
+def constants(file: str, name: str, value: object) -> list[Statement]:
+    """Return where a file gives a name a constant: as a keyword, a default, an assignment, or an entry of a dict."""
+    module = tree(file)
+    found: list[ast.AST] = []
+    for node in () if module is None else ast.walk(module):
+        for given, constant in _given_to_names(node):
+            if isinstance(constant, ast.Constant) and constant.value == value:
+                found += [constant] if given.endswith(name) else []
+    return statements_of(file, found)
+
+
+def _given_to_names(node: ast.AST) -> Iterator[tuple[str, ast.AST | None]]:
+    """Yield the names that a node gives a value to, with the values."""
+    if isinstance(node, ast.Call):
+        yield from ((keyword.arg or "", keyword.value) for keyword in node.keywords)
+    elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+        yield from ((last_name(target), node.value) for target in targets_of(node))
+    elif isinstance(node, ast.Dict):
+        keys = (str(k.value) if isinstance(k, ast.Constant) else "" for k in node.keys)
+        yield from zip(keys, node.values, strict=True)
+    elif isinstance(node, ast.arguments):
+        named = (*node.posonlyargs, *node.args)
+        last = named[len(named) - len(node.defaults) :]
+        yield from ((arg.arg, default) for arg, default in zip(last, node.defaults, strict=True))
+        yield from zip((arg.arg for arg in node.kwonlyargs), node.kw_defaults, strict=True)
+
+
+def casts_to_half(file: str) -> list[Statement]:
+    """Return where a file casts something to float16: by ``.half()``, or by naming the type."""
     module = tree(file)
     nodes = () if module is None else ast.walk(module)
-    return statements_of(file, [n for n in nodes if isinstance(n, ast.Call) and _sets(n, name)])
+    calls = [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
+    return statements_of(
+        file,
+        [
+            call
+            for call in calls
+            if called(call) == "half"
+            or (called(call) == "to" and {"float16", "half"} & set(map(last_name, call.args)))
+        ],
+    )
+
+
+def prunings(file: str) -> list[Statement]:
+    """Return where a file replaces parameters by results: by pruning, or by the older norms of weights."""
+    module = tree(file)
+    nodes = () if module is None else ast.walk(module)
+    calls = [n for n in nodes if isinstance(n, ast.Call)]
+    norms = {"weight_norm", "spectral_norm"}
+    return statements_of(
+        file, [c for c in calls if root_of(c.func) == "prune" or called(c) in norms]
+    )
 
 
 def _sets(call: ast.Call, name: str) -> bool:

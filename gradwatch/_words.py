@@ -113,9 +113,7 @@ HELPS = {
     Cause.ZERO_GRADIENT: "look for a mask, a factor of zero, or a saturated input in this expression",
     Cause.NONFINITE_GRADIENT: "keep the inputs of {call} where its derivative is finite",
 }
-WRITTEN_THROUGH_DATA = (
-    "use the result itself, as in `x = x + y`: what is written through `.data` leaves no history; or {freeze}"
-)
+WRITTEN_THROUGH_DATA = "use the result itself, as in `x = x + y`: what is written through `.data` leaves no history; or {freeze}"
 HELPS_OUT_OF_SIGHT = {
     Cause.DETACHED: "this call drops the history of the value: use the value itself to train {it}, or {freeze}",
     Cause.LEFT_TORCH: "go on with the tensor itself in place of {call}, or {freeze}",

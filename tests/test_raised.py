@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib.util
 import inspect
 import linecache
 import logging
@@ -2804,3 +2805,159 @@ def test_no_line_of_ours_stands_in_a_traceback(kind):
         return [line for line in once if line[1] != "inner"]
 
     assert passed(diagnose) == passed(lambda model: contextlib.nullcontext())
+
+
+FILES = {
+    "the only cast to float16": (
+        "Attempting to unscale FP16 gradients",
+        """
+        model = nn.Linear(2, 1).half()  # <- here
+
+        def step():
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            scaler = torch.amp.GradScaler("cpu")
+            scaler.scale(model(torch.ones(1, 2).to(model.weight.dtype)).sum()).backward()
+            scaler.unscale_(optimizer)
+        """,
+    ),
+    "a default that asks for sparse gradients": (
+        "does not support sparse gradients",
+        """
+        class Options:
+            sparse: bool = True  # <- here
+
+        model = nn.Embedding(4, 2, sparse=Options.sparse)
+
+        def step():
+            optimizer = torch.optim.Adam(model.parameters())
+            model(torch.ones(1, dtype=torch.long)).sum().backward()
+            optimizer.step()
+        """,
+    ),
+    "a default that keeps one loss for each sample": (
+        "can be implicitly created only for scalar outputs",
+        """
+        OPTIONS = {"reduction": "none"}  # <- here
+        model = nn.Linear(2, 1)
+
+        def step():
+            nn.functional.mse_loss(model(torch.ones(3, 2)), torch.ones(3, 1), **OPTIONS).backward()
+        """,
+    ),
+    "the decorator that maps": (
+        "vmap: called random operation",
+        """
+        model = nn.Linear(2, 1)
+        drop = nn.Dropout(0.5)
+
+        @torch.vmap  # <- here
+        def one(x):
+            return drop(x)
+
+        def step():
+            model(one(torch.ones(3, 2))).sum().backward()
+        """,
+    ),
+    "the call that lets an input require grad": (
+        "Can't call numpy() on Tensor that requires grad",
+        """
+        model = nn.Linear(2, 1)
+
+        def saliency(x):
+            x.requires_grad_(True)  # <- here
+            return model(x).sum()
+
+        def step():
+            x = torch.ones(1, 2)
+            saliency(x)
+            x.reshape(2).numpy()
+        """,
+    ),
+    "the line that makes layers work in place": (
+        "a leaf Variable that requires grad is being used in an in-place",
+        """
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.ones(2))
+                self.act = nn.ReLU()
+
+            def forward(self, x):
+                return self.act(self.weight) * x
+
+        model = Net()
+
+        def save_memory():
+            for module in model.modules():
+                module.inplace = True  # <- here
+
+        def step():
+            save_memory()
+            model(torch.ones(2)).sum().backward()
+        """,
+    ),
+    "the pruning of a layer that is copied": (
+        "Only Tensors created explicitly by the user",
+        """
+        from torch.nn.utils import prune
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.enc = nn.Linear(2, 1)
+                prune.l1_unstructured(self.enc, "weight", 0.5)  # <- here
+
+            def forward(self, x):
+                return self.enc(x)
+
+        model = Net()
+
+        def step():
+            import copy
+            model(torch.ones(1, 2))
+            copy.deepcopy(model)
+        """,
+    ),
+    "what made an argument without a derivative": (
+        "is not differentiable with respect to argument",
+        """
+        model = nn.Linear(2, 1)
+
+        def step():
+            p = model(torch.ones(3, 2)).sigmoid()
+            weight = (1 - p) ** 2  # <- here
+            nn.functional.binary_cross_entropy(p, torch.ones(3, 1), weight=weight).backward()
+        """,
+    ),
+    "what took the dimension away": (
+        "invalid index of a 0-dim tensor",
+        """
+        model = nn.Linear(2, 1)
+
+        def score(x):
+            return model(x).squeeze()  # <- here
+
+        def step():
+            score(torch.ones(1, 2))[0].backward()
+        """,
+    ),
+}
+
+
+@pytest.mark.parametrize(("words", "text"), FILES.values(), ids=FILES)
+def test_the_text_of_a_file_tells_what_decided(words, text, tmp_path):
+    """A note names the setting, the decorator or the helper elsewhere in the file that led to the error."""
+    path = tmp_path / "decided.py"
+    path.write_text("import torch\nfrom torch import nn\n" + inspect.cleandoc(text) + "\n")
+    spec = importlib.util.spec_from_file_location("decided", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    line = next(i for i, t in enumerate(path.read_text().splitlines(), 1) if "# <- here" in t)
+
+    with pytest.raises(Exception, match=re.escape(words)) as caught, diagnose(module.model):
+        module.step()
+
+    (note,) = caught.value.__notes__
+    assert f"decided.py:{line}: `" in note
