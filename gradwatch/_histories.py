@@ -379,6 +379,9 @@ def _story(
     same = [s for s in statements if made is not None and s.line == made.line]
     kept = next((statement(s) for s in same or statements), None)
     came = None if made is None or same else f"{_words.place(made)} (made here)"
+    if kept is None and made is not None:
+        around = _statements.decorators_around(made.file, made.line)
+        kept = role_of("kept by this, perhaps", statement(around[0])) if around else None
     used = at(read)
     if used in {None, kept, None if made is None else _words.place(made)}:
         return listed(kept, came)

@@ -350,6 +350,18 @@ def outer_assignment(step: Step) -> Statement | None:
     return None
 
 
+def decorators_around(file: str, line: int) -> list[Statement]:
+    """Return the decorators of the innermost function that a line stands in."""
+    module = tree(file)
+    around = [
+        node
+        for node in (() if module is None else ast.walk(module))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and node.lineno <= line <= (node.end_lineno or node.lineno)
+    ]
+    return statements_of(file, max(around, key=lambda n: n.lineno).decorator_list) if around else []
+
+
 def mentions(file: str, name: str) -> list[Statement]:
     """Return where a file names a function: in a call, a decorator, or as an argument, but not to import it."""
     module = tree(file)

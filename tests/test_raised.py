@@ -2929,6 +2929,39 @@ FILES = {
             nn.functional.binary_cross_entropy(p, torch.ones(3, 1), weight=weight).backward()
         """,
     ),
+    "the decorator that keeps results": (
+        "Trying to backward through the graph a second time",
+        """
+        def remembered(function):
+            kept = {}
+
+            def call(self, length):
+                if length not in kept:
+                    kept[length] = function(self, length)
+                return kept[length]
+            return call
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.enc = nn.Linear(2, 1)
+
+            @remembered  # <- here
+            def scales(self, length):
+                return self.enc.weight.exp()[:length]
+
+            def forward(self, x):
+                scale = self.scales(1)
+                return (self.enc(x) * scale).sum()
+
+        model = Net()
+
+        def step():
+            for _ in range(2):
+                with diagnose(model):
+                    model(torch.ones(1, 2)).backward()
+        """,
+    ),
     "what took the dimension away": (
         "invalid index of a 0-dim tensor",
         """
@@ -2948,7 +2981,11 @@ FILES = {
 def test_the_text_of_a_file_tells_what_decided(words, text, tmp_path):
     """A note names the setting, the decorator or the helper elsewhere in the file that led to the error."""
     path = tmp_path / "decided.py"
-    path.write_text("import torch\nfrom torch import nn\n" + inspect.cleandoc(text) + "\n")
+    path.write_text(
+        "import torch\nfrom torch import nn\nfrom gradwatch import diagnose\n"
+        + inspect.cleandoc(text)
+        + "\n"
+    )
     spec = importlib.util.spec_from_file_location("decided", path)
     assert spec is not None
     assert spec.loader is not None
