@@ -368,7 +368,9 @@ def _kept_in(
                     filled = [] if read is None else _statements.fillings(read[:2])
                     kept_as = "" if filled else f" (`{full}`)"
                     return _story([*filled, *statements], made, read), kept_as
-    statements = [] if read is None else _statements.stores(read[:2])
+    # What a decorator keeps is in no attribute.
+    around = [] if made is None else _statements.keeping_decorators(made.file, made.line)
+    statements = around or ([] if read is None else _statements.stores(read[:2]))
     return (_story(statements, made, read), "") if statements or made or read else None
 
 
@@ -379,9 +381,6 @@ def _story(
     same = [s for s in statements if made is not None and s.line == made.line]
     kept = next((statement(s) for s in same or statements), None)
     came = None if made is None or same else f"{_words.place(made)} (made here)"
-    if kept is None and made is not None:
-        around = _statements.decorators_around(made.file, made.line)
-        kept = role_of("kept by this, perhaps", statement(around[0])) if around else None
     used = at(read)
     if used in {None, kept, None if made is None else _words.place(made)}:
         return listed(kept, came)

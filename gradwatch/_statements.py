@@ -350,8 +350,31 @@ def outer_assignment(step: Step) -> Statement | None:
     return None
 
 
-def decorators_around(file: str, line: int) -> list[Statement]:
-    """Return the decorators of the innermost function that a line stands in."""
+_KEEP_NOTHING = frozenset(
+    [
+        "property",
+        "staticmethod",
+        "classmethod",
+        "abstractmethod",
+        "override",
+        "no_grad",
+        "enable_grad",
+        "inference_mode",
+        "compile",
+        "contextmanager",
+        "wraps",
+        "overload",
+        "autocast",
+        "custom_fwd",
+        "jit",
+        "script",
+    ]
+)
+"""Decorators that are known to keep no result of the function."""
+
+
+def keeping_decorators(file: str, line: int) -> list[Statement]:
+    """Return the decorators of the innermost function that a line stands in, as far as they may keep its results."""
     module = tree(file)
     around = [
         node
@@ -359,7 +382,11 @@ def decorators_around(file: str, line: int) -> list[Statement]:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         and node.lineno <= line <= (node.end_lineno or node.lineno)
     ]
-    return statements_of(file, max(around, key=lambda n: n.lineno).decorator_list) if around else []
+    if not around:
+        return []
+    decorators = max(around, key=lambda node: node.lineno).decorator_list
+    named = {last_name(n.func if isinstance(n, ast.Call) else n): n for n in decorators}
+    return statements_of(file, [node for name, node in named.items() if name not in _KEEP_NOTHING])
 
 
 def mentions(file: str, name: str) -> list[Statement]:
