@@ -404,8 +404,9 @@ def made_and_failing(kind: str) -> Find:
         makers = [raised.maker_of(number) for number in (failed.read if failed else ())]
         made = next((at(op.place) for op in reversed(makers) if op is not None), None)
         last = before_torch(raised.error) if failed is None else failed.place
-        places = [*raised.callers_of(last), last]
-        return _words.error_note(kind, listed(role_of("made here", made), *map(at, places)))
+        places = [at(place) for place in (*raised.callers_of(last), last)]
+        made = None if made in places else role_of("made here", made)
+        return _words.error_note(kind, listed(made, *places))
 
     BY_PLACE[find] = kind
     return find
