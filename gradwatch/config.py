@@ -105,8 +105,8 @@ class WatchConfig(BaseModel):
             names: Every parameter's name, with its aliases; of a model without any, nothing is said.
 
         Example:
-            >>> WatchConfig(exclude="techer.*").unmatched({"teacher.weight": ()})
-            ['techer.*']
+            >>> WatchConfig(exclude="tutor.*").unmatched({"teacher.weight": ()})
+            ['tutor.*']
         """
         return [
             glob

@@ -357,12 +357,12 @@ def test_watch(check, watch: str) -> None:
 def test_contract_for_nothing(check, caplog) -> None:
     """A glob that means no parameter is pointed out, as in a training run."""
     Path("gradwatch.yaml").write_text(
-        'contract: [{parameters: "teacher.*", gradient: none}]\nwatch: {exclude: "techer.*"}\n'
+        'contract: [{parameters: "teacher.*", gradient: none}]\nwatch: {exclude: "tutor.*"}\n'
     )
 
     assert check("net:healthy", "--config", "gradwatch.yaml")[0] == 0
     assert caplog.messages == [
-        "no parameter matches `techer.*` and `teacher.*` of the configuration"
+        "no parameter matches `tutor.*` and `teacher.*` of the configuration"
     ]
 
 
