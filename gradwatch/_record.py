@@ -247,6 +247,11 @@ class Record:
         return self._ops
 
     @property
+    def count(self) -> int:
+        """The number of operations so far; those noted in brief stay so."""
+        return len(self._ops) + len(self._brief) // IN_BRIEF
+
+    @property
     def values(self) -> list[Value]:
         """The values, by number."""
         if self._brief:

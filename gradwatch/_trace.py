@@ -1003,7 +1003,7 @@ class Trace(Record):
             numbers = tuple(self._read(root) for root in roots)
             asked = None if inputs is None else frozenset(id(tensor) for tensor in inputs)
             wanted = tuple(map(self._number_of, inputs or ()))
-            before = len(self.ops)
+            before = self.count
             self.backwards.append(Backward(numbers, place, accumulates, asked, wanted, before))
             if accumulates:
                 around = self._entered(roots)
