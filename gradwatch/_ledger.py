@@ -78,7 +78,8 @@ class Facts:
         Args:
             names: Those whose gradients were emptied in an earlier step, and that hold the same tensors.
         """
-        held = [name for name in names if name not in self.missing]
+        missing = set(self.missing)
+        held = [name for name in names if name not in missing]
         if self.measured:
             zeros = [name for name in held if self.statuses.get(name) is Status.ZERO]
             self.missing += zeros

@@ -18,7 +18,6 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import compress
 from operator import attrgetter, not_
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 from torch import Tensor
@@ -189,8 +188,10 @@ class Watcher:
     """Positions of the optimizers that have stepped."""
     _used_up: frozenset[str] = frozenset()
     """Names of those whose gradients are gone, by the user's own hand, when a step is judged."""
-    _known_lags: Mapping[str, bool] = MappingProxyType({})
-    """Whether those whose gradients are written less often than others do get one, as traced steps have shown."""
+    _well: frozenset[str] = frozenset()
+    """Names of those whose gradients are written less often than others, and arrive, as traced steps have shown."""
+    _left: frozenset[str] = frozenset()
+    """The same of those whose gradients are zeros that were left."""
     _doubted: frozenset[str] = frozenset()
     """Names of those of which the next traced step is to tell whether a gradient arrives."""
     _knows_unregistered = False
@@ -908,7 +909,7 @@ class Watcher:
 
     def _judged(self, covered: tuple[str, ...], optimizer: Any) -> Report | None:
         """Return the report of a step, None where there is nothing to say."""
-        if self._is_quiet() and not self._sensor.missing() and not self._sensor.lagging:
+        if self._is_quiet() and not self._sensor.missing() and self._sensor.lagging <= self._well:
             return None
         # What is computed here is no part of the user's program.
         with nullcontext() if self._inspection is None else self._inspection.trace.paused():
@@ -1051,15 +1052,15 @@ class Watcher:
             self._taken |= self._inspection.unseen
             emptied = self._inspection.cleared
             absent += [name for name in covered if name in emptied and name not in absent]
-            self._note_by_hand(self._inspection.by_hand.intersection(absent))
+            if absent and not self._optimizers:
+                self._note_by_hand(self._inspection.by_hand.intersection(absent))
         absent += self._left_at_zero(covered, absent)
-        unseen = [name for name in absent if name in self._taken or is_hidden(parameters[name])]
-        if self._used_up:
-            unseen = [n for n in covered if n in self._used_up or n in unseen]
+        hidden = {name for name in absent if name in self._taken or is_hidden(parameters[name])}
+        hidden |= self._used_up.intersection(covered)
         return Facts(
-            missing=[name for name in absent if name not in unseen],
+            missing=[name for name in absent if name not in hidden],
             frozen=lambda: self._frozen(covered),
-            unseen=unseen,
+            unseen=[name for name in covered if name in hidden] if hidden else [],
         )
 
     def _emptied_before(self, covered: tuple[str, ...]) -> list[str]:
@@ -1075,17 +1076,17 @@ class Watcher:
         """Return those whose gradients are zeros of ``zero_grad`` that nothing was added to, as traced steps have shown."""
         lagging = self._sensor.lagging.intersection(covered).difference(absent)
         if self._inspection is None:
-            self._doubted = lagging - self._known_lags.keys()
+            self._doubted = lagging - self._well - self._left
         elif self._micro_batches < MAX_MICRO_BATCHES:  # else not every backward pass was seen
-            received = self._inspection.received
-            self._known_lags = {**self._known_lags, **{n: n in received for n in lagging}}
-        return [n for n in covered if n in lagging and not self._known_lags.get(n, True)]
+            received = lagging & self._inspection.received
+            self._well = (self._well - lagging) | received
+            self._left = (self._left - lagging) | (lagging - received)
+        left = lagging & self._left
+        return [name for name in covered if name in left] if left else []
 
     def _note_by_hand(self, names: frozenset[str]) -> None:
         """Learn whose gradients the user's program uses up itself, before the step ends."""
-        if self._optimizers or names <= self._used_up:
-            return
-        if not self._used_up:
+        if names and not self._used_up:
             _log.warning(_words.BY_HAND)
         self._used_up |= names
 
