@@ -1,8 +1,7 @@
 """What a backward pass was asked for, or an operation was given, that autograd refuses.
 
 What this room knows that no other does: what torch means by the many ways to say that, and which line of the user's
-made the tensor in question: a derivative that does not exist, a Function or a hook with a gradient of another shape,
-a loss that is no number, a checkpoint that runs otherwise again, an optimizer over what is no leaf.
+made the tensor in question: a derivative that does not exist, a hook with a gradient of another shape, a loss that is no number, a checkpoint that runs otherwise again, an optimizer over what is no leaf.
 
 Limits: as in ``_raised``, where the words of torch's are.
 """
@@ -12,8 +11,6 @@ from __future__ import annotations
 import math
 import re
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from gradwatch import _frames, _source, _statements, _words, explain
 from gradwatch._calls import Kind, Wrapper
@@ -44,48 +41,14 @@ from gradwatch.report import Site, Status
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    import torch
+
     from gradwatch._failure import Find
     from gradwatch._record import Backward, Op
     from gradwatch._trace import Trace
 
 
 # Derivatives that do not exist ----------------------------------------------------------------------
-
-
-def in_function(kind: str) -> Find:
-    """Explain what the ``backward`` of a Function did wrong by the call of the Function."""
-
-    def find(raised: Raised) -> str | None:
-        named = re.search(r"[Ff]unction (\w+) returned", raised.message)
-        ops = raised.trace.ops
-        if named is None:
-            called = [op for op in ops if op.wrapper is Wrapper.CUSTOM_FUNCTION]
-            return _words.error_note(kind, at(called[-1].place)) if called else None
-        index = re.search(r"at index (\d+)", raised.message)
-        own = _return_of(
-            named[1].removesuffix("Backward"), None if index is None else int(index[1])
-        )
-        for node in (node for passed in raised.inspection.passes for node in passed.nodes):
-            if node.custom and node.name == named[1] and node.tag >= 0:
-                return _words.error_note(kind, listed(at(ops[node.tag].place), own))
-        return None if own is None else _words.error_note(kind, own)
-
-    return find
-
-
-def _return_of(name: str, index: int | None) -> str | None:
-    """Return what the ``backward`` of the only Function of a name returns, and where the one at an index is computed."""
-    todo, found = [torch.autograd.Function], list[Any]()
-    while todo:
-        cls = todo.pop()
-        todo.extend(cls.__subclasses__())
-        method = getattr(cls.__dict__.get("backward"), "__func__", None)
-        code = getattr(method, "__code__", None)
-        if cls.__name__ == name and code is not None:
-            found.append(code)
-    returned = _statements.returned(found[0], index) if len(found) == 1 else []
-    roles = ["returned here", "computed here"]
-    return listed(*(role_of(role, statement(s)) for role, s in zip(roles, returned, strict=False)))
 
 
 def without_derivative(raised: Raised) -> str | None:
@@ -194,6 +157,14 @@ def _made_odd(
         node = odd[0] if is_through and len(odd) == 1 else None
 
 
+def gradients_of_another_shape(raised: Raised) -> str | None:
+    """Explain gradients that do not fit what is differentiated by the statement that made them, and the call."""
+    places = failing_places(raised)
+    made = _statements.gradient_argument(places[-1][:2]) if places else None
+    own = None if made is None else role_of("made here", statement(made))
+    return _words.error_note("grad_outputs", listed(own, *map(at, places))) if places else None
+
+
 def not_in_graph(raised: Raised) -> str | None:
     """Explain a tensor that an output was not computed from by the cut between the two, or by both ends."""
     trace = raised.trace
@@ -210,9 +181,10 @@ def not_in_graph(raised: Raised) -> str | None:
     made += [op for number, op in makers if number not in read]
     last = _last_from(trace, unused)
     outputs = [op for root in asked.roots if (op := raised.maker_of(root)) is not None]
-    for cut in raised.inspection.cuts_between(unused, asked.roots):
+    for cut, op in raised.inspection.cuts_between(unused, asked.roots):
         if cut.site is not None:
-            places = listed(_words.place(cut.site), at(asked.place))
+            switch = raised.switched_off(op)
+            places = listed(_words.place(cut.site), switch, at(asked.place))
             cutter = cut.operation or str(cut.cause)
             return _words.error_note("cut_before", places, cutter, named)
     places = listed(
@@ -310,13 +282,17 @@ def serialised_result(raised: Raised) -> str | None:
     node = None if given is None else node_of(given)
     tag = None if node is None else node.metadata.get(raised.trace.tag)
     made = None if tag is None else raised.trace.ops[tag]
-    before = [] if made is None else [raised.maker_of(number) for number in made.inputs]
-    places = dict.fromkeys(at(op.place) for op in before if op is not None)
+    values = raised.trace.values
+    tracked = [] if made is None else [n for n in made.inputs if values[n].tracked]
+    before = map(raised.maker_of, tracked)
+    places = list(dict.fromkeys(at(op.place) for op in before if op is not None and op.place))[:1]
+    if not places and made is not None and made.place is not None:  # made before this step
+        kept = _statements.stores(made.place[:2])[:1]
+        told = [*kept, *(s for store in kept for s in _statements.assigned_before(store))]
+        places = [role_of("kept here", statement(store)) for store in told]
     last = at(last_of_user(raised.error))
     own = None if made is None else at(made.place)
-    return _words.error_note(
-        "serialised", listed(*list(places)[:1], role_of("made here", own), last)
-    )
+    return _words.error_note("serialised", listed(*places, role_of("made here", own), last))
 
 
 def none_for_a_gradient(raised: Raised) -> str | None:
@@ -474,11 +450,17 @@ def stepped_over_nothing(raised: Raised) -> str | None:
         return "\n\n".join([_words.error_note("nothing_to_unscale", last), *said])
     loose = [name for name, p in parameters.items() if p.requires_grad and id(p) not in owned]
     modules = [part for name in loose for part in reversed(name.split(".")[:-1])]
-    for part in dict.fromkeys([*modules, *(name.rpartition(".")[2] for name in loose)]):
-        put = [s for file in _files_of(raised) for s in _statements.reassignments(file, part)]
-        if put:
-            return _words.error_note("held_before", listed(statement(put[0]), last))
+    parts = dict.fromkeys([*modules, *(name.rpartition(".")[2] for name in loose)])
+    put = _in_nearest_file(raised, lambda file: _replacing(file, parts)) if loose else []
+    if put:
+        return _words.error_note("held_before", listed(statement(put[0]), last))
     return _words.error_note("nothing_to_unscale", last)
+
+
+def _replacing(file: str, parts: Iterable[str]) -> list[_source.Statement]:
+    """Return where a file assigns one of some parts of a model, else where it registers parameters by name."""
+    put = (_statements.reassignments(file, part) for part in parts)
+    return next(filter(None, put), _statements.method_calls(file, "register_parameter"))
 
 
 def _files_of(raised: Raised) -> list[str]:

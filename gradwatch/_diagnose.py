@@ -212,8 +212,10 @@ class Inspection(BackwardListener):
         cut = next((self._judge(cuts[0]) for cuts in flow.cuts.values() if cuts), None)
         return Reach((), in_loss, cut)
 
-    def cuts_between(self, values: Iterable[int], roots: Sequence[int]) -> Iterator[Finding]:
-        """Yield where values were cut off from others; the trace is of no other use afterwards.
+    def cuts_between(
+        self, values: Iterable[int], roots: Sequence[int]
+    ) -> Iterator[tuple[Finding, Op]]:
+        """Yield where values were cut off from others, and the operation; the trace is of no other use afterwards.
 
         Args:
             values: Numbers of the values that should have led on.
@@ -222,7 +224,8 @@ class Inspection(BackwardListener):
         for number in values:
             name = f"value {number}"
             self.trace.values[number].parameter, self.trace.values[number].producer = name, None
-            yield from map(self._judge, follow(self.trace, [name], roots).cuts.get(name, ())[:1])
+            for cut in follow(self.trace, [name], roots).cuts.get(name, ())[:1]:
+                yield self._judge(cut), cut.op
 
     # Missing --------------------------------------------------------------------------------------
 

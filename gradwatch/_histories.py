@@ -243,6 +243,9 @@ def _first_freezing(model: nn.Module, most: int = 1) -> str | None:
 
 def gone_over_twice(raised: Raised) -> str | None:
     """Explain a graph that an earlier backward pass has freed."""
+    inner = _in_a_backward(raised.error)
+    if inner is not None:
+        return _words.error_note("twice_in_backward", inner)
     kept = kept_in_step(raised) or carried_over(raised)
     if kept is not None:
         return _words.error_note("kept", *kept)
@@ -281,8 +284,9 @@ def _shared(trace: Trace) -> tuple[str | None, str | None]:
         ),
         None,
     )
+    call = role_of("in this call", at(trace.call_around(last)))
     if taken is None or taken.place is None:
-        return role_of("computed once, used by both", _given_to(last.place)), None
+        return listed(role_of("computed once, used by both", _given_to(last.place)), call), None
     named = _statements.outer_assignment(taken.place[:2])
     once = listed(None if named is None else statement(named), _given_to(last.place))
     earlier = trace.backwards[-2].place
@@ -291,7 +295,7 @@ def _shared(trace: Trace) -> tuple[str | None, str | None]:
         [] if earlier is None else _statements.calls_before(earlier[:2], taken.place.code.co_name)
     )
     ways = map(statement, calls[-1:])
-    return role_of("computed once, used by both", once), role_of(
+    return listed(role_of("computed once, used by both", once), call), role_of(
         "goes into the earlier one here", listed(*ways, at(taken.place))
     )
 

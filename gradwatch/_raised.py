@@ -22,9 +22,9 @@ from gradwatch._asked import (
     changed_by_a_hook,
     from_inference_mode,
     func_of_a_vector,
+    gradients_of_another_shape,
     half_parameters,
     hook_of_a_module,
-    in_function,
     inputs_in_a_reentrant_checkpoint,
     leaf_in_place,
     loss_made_by,
@@ -57,6 +57,15 @@ from gradwatch._failure import (
     raising,
     role_of,
     statement,
+)
+from gradwatch._functions import (
+    in_function,
+    no_tensor_for_a_gradient,
+    not_kept,
+    saved_otherwise,
+    told_to_ctx,
+    with_other_arguments,
+    without_backward,
 )
 from gradwatch._histories import (
     copied_whole,
@@ -187,6 +196,7 @@ def _untraced(error: Exception, model: nn.Module, find: Find) -> str:
 BY_PLACE.update(
     {
         array_of_a_leaf: "numpy",
+        gradients_of_another_shape: "grad_outputs",
         half_parameters: "half_parameters",
         leaf_in_place: "leaf_in_place",
         random_in_vmap: "random_in_vmap",
@@ -235,6 +245,22 @@ _KINDS: tuple[tuple[str, Find], ...] = (
     ("returned an incorrect number of gradients", in_function("wrong_count")),
     ("returned an invalid gradient", in_function("wrong_shape")),
     ("returned a gradient different than None", in_function("not_none")),
+    ("expected Variable or None", no_tensor_for_a_gradient),
+    ("must implement either the backward or vjp", without_backward),
+    (".backward() takes ", with_other_arguments),
+    (".backward() missing ", with_other_arguments),
+    (".forward() takes ", with_other_arguments),
+    (".forward() missing ", with_other_arguments),
+    (
+        "save_for_backward can only save variables",
+        told_to_ctx("saved_no_tensor", "save_for_backward"),
+    ),
+    (
+        "marked as dirty during the forward method were not",
+        told_to_ctx("not_returned", "mark_dirty"),
+    ),
+    ("Backward' object has no attribute '", not_kept),
+    ("values to unpack (expected", saved_otherwise),
     ("marked with @once_differentiable", in_function("once_differentiable")),
     ("has changed the size of value", changed_by_a_hook),
     ("has changed the type of value", changed_by_a_hook),
@@ -262,7 +288,7 @@ _KINDS: tuple[tuple[str, Find], ...] = (
     ("object has no attribute 'backward'", number_for_a_loss),
     ("'NoneType'", none_for_a_gradient),
     ("vmap: It looks like you're", raising("item_in_vmap")),
-    ("Mismatch in shape: grad_output", failing("grad_outputs")),
+    ("Mismatch in shape: grad_output", gradients_of_another_shape),
     ("to return a scalar Tensor", func_of_a_vector),
     ("to return a scalar tensor", func_of_a_vector),
 )

@@ -212,6 +212,8 @@ class Record:
     read_flags: dict[str, bool] = field(default_factory=dict)
     """Per parameter that was read, whether it required grad at any of the reads."""
     modules_run: set[str] = field(default_factory=set)
+    calls: list[tuple[int, int, Place | None]] = field(default_factory=list)
+    """Calls of modules from outside of all others: the number of operations before each, before its end, and where."""
     rerun: dict[str, None] = field(default_factory=dict)
     """Paths of modules that a checkpoint ran again in backward, the last one at the end."""
     foreign: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
@@ -273,6 +275,11 @@ class Record:
     def switch_before(self, op: Op) -> Place | None:
         """Return where gradient mode was switched off for an operation that ran without it."""
         return next((place for first, place in reversed(self.switches) if first <= op.index), None)
+
+    def call_around(self, op: Op) -> Place | None:
+        """Return where the module was called, from outside of all others, that an operation ran in."""
+        found = (place for begin, end, place in self.calls if begin <= op.index < end)
+        return next(found, None)
 
     def append_choice(self, inputs: tuple[int, ...], place: Place | None) -> int:
         """Note afterwards that the first of some values was chosen by the others; return what was chosen."""

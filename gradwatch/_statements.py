@@ -16,6 +16,7 @@ from gradwatch._source import (
     Statement,
     Step,
     called,
+    class_nodes,
     classes_in,
     definitions,
     expression,
@@ -552,6 +553,20 @@ def _assigned(name: str, nodes: Iterable[ast.AST], before: int) -> list[ast.Assi
     return sorted(found, key=lambda node: node.lineno)
 
 
+def head(code: CodeType) -> Statement | None:
+    """Return the first line of a function, below its decorators."""
+    inside = function(code)
+    named = isinstance(inside, (ast.FunctionDef, ast.AsyncFunctionDef))
+    found = statements_of(code.co_filename, [inside] if named and inside is not None else [])
+    return found[0] if found else None
+
+
+def heads(cls: type) -> list[Statement]:
+    """Return the first line of a class, where its file has one of its name."""
+    file = file_of(cls)
+    return [] if file is None else statements_of(file, class_nodes(file, cls.__qualname__))
+
+
 def registrations(code: CodeType) -> list[Statement]:
     """Return where the file of a hook registers full backward hooks."""
     module = tree(code.co_filename)
@@ -571,6 +586,19 @@ def first_argument(step: Step, outer: CodeType) -> Statement | None:
     found = [n for home in homes for n in _assigned(name, own_nodes(home), read.lineno)]
     statements = statements_of(step[0].co_filename, found[:1])
     return statements[0] if statements else None
+
+
+def gradient_argument(step: Step) -> Statement | None:
+    """Return the statement that assigned the name which a call of ``backward`` or ``grad`` is given for its gradients."""
+    home = function(step[0])
+    read = None if home is None else expression(step, home)
+    if not isinstance(read, ast.Call) or home is None:
+        return None
+    named = [k.value for k in read.keywords if (k.arg or "").startswith("grad")]
+    given = named or read.args[-1:]
+    name = root_of(given[0]) if given else ""
+    found = statements_of(step[0].co_filename, _assigned(name, own_nodes(home), read.lineno)[-1:])
+    return found[0] if found else None
 
 
 def _given_names(read: ast.AST, definitions: Mapping[str, ast.AST]) -> set[str]:

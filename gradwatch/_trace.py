@@ -199,6 +199,8 @@ class Trace(Record):
         """Path and attribute of the modules that held other tensors when the pass began, by ``id``."""
         self._gradients: dict[int, str] = {}
         self._running: list[tuple[str | None, _Closed | None, nn.Module]] = []
+        self._outermost: tuple[int, Place | None] = 0, None
+        """Operations before the call of the module around all others, and where it was called."""
         self._grad_off_depth: int | None = None
         self._was_recording = True
         self._thread = threading.get_ident()
@@ -328,6 +330,8 @@ class Trace(Record):
             return
         try:
             fast = _has_fast_path(module) and _is_innermost(self._mode)
+            if not self._running:
+                self._outermost = self.count, _frames.here(sys._getframe(1))
             running = self._noted(module, args, fast=fast)
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
@@ -367,10 +371,8 @@ class Trace(Record):
         if threading.get_ident() != self._thread:
             return
         closed = self._running.pop()[1] if self._running else None
-        if closed is None:
-            return
         try:
-            if self.recording:
+            if closed is not None and self.recording:
                 read = [*closed.read, *module.parameters()]
                 scripted = isinstance(module, torch.jit.ScriptModule)
                 kind = Kind.OPAQUE if scripted else Kind.PLAIN
@@ -379,9 +381,12 @@ class Trace(Record):
                 with self.paused():  # what is done here to tensors is no operation of the user's
                     call.numbers = [self._read(tensor) for tensor in read]
                     self._finish(call, output, sys._getframe(1))
+            if not self._running and self.recording:
+                begin, place = self._outermost
+                self.calls.append((begin, self.count, place))
         except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
             self.give_up(error)
-        if closed.without_mode:
+        if closed is not None and closed.without_mode:
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _note_module(self, module: nn.Module, name: str, part: Any) -> None:

@@ -649,6 +649,10 @@ ERRORS = {
         "an earlier backward went through the same graph and freed it",
         "add the losses and call `backward()` once, `.detach()` what one should not train, or pass `retain_graph=True`",
     ),
+    "twice_in_backward": (
+        "the `backward` of a Function goes through a graph here that an earlier pass has freed",
+        "compute all of it anew in there, `.detach()` what it shares with other calls, or pass `retain_graph=True` inside",
+    ),
     "leaf_in_place": (
         "a parameter, or another leaf that requires grad, is changed in place",
         "write `x = x + y` in place of `x += y`, or do it under `torch.no_grad()`",
@@ -724,6 +728,38 @@ ERRORS = {
     "wrong_shape": (
         "the `backward` of this Function returns a gradient that does not have the shape of its argument",
         "return each gradient in the shape of the argument of `forward` that it belongs to: sum over what was broadcast",
+    ),
+    "no_tensor_for_a_gradient": (
+        "the `backward` of this Function returns a number, or something else, in the place of a gradient",
+        "return a tensor for each argument of `forward` that has a gradient, and None for each other one",
+    ),
+    "no_backward": (
+        "this Function has no `backward`, and a gradient is asked for through it",
+        "give it a static method `backward(ctx, *grad_outputs)`, or `.detach()` what goes into it",
+    ),
+    "backward_arguments": (
+        "the `backward` of this Function does not take one gradient for each output of `forward`",
+        "give it an argument for each of them behind `ctx`: those of outputs that nobody used are zeros",
+    ),
+    "forward_arguments": (
+        "the `forward` of this Function does not take what it is given here",
+        "let it take `ctx` and each argument of `apply`, or define `setup_context` where it is to do without `ctx`",
+    ),
+    "saved_no_tensor": (
+        "`save_for_backward` is given something that is no tensor",
+        "keep shapes, numbers and flags as attributes: `ctx.shape = x.shape`",
+    ),
+    "not_returned": (
+        "the `forward` of this Function says that it changes a tensor in place, and does not return it",
+        "return the very tensor that `ctx.mark_dirty` is given, or leave the mark out where nothing is changed",
+    ),
+    "not_kept": (
+        "`backward` reads `ctx.{1}`, which was not set when the Function was called",
+        "set `ctx.{1}` wherever the Function is called, before it returns",
+    ),
+    "saved_otherwise": (
+        "`backward` takes another number of tensors out of `ctx.saved_tensors` than were saved here",
+        "take as many as `save_for_backward` is given, in its order",
     ),
     "once_differentiable": (
         "the `backward` of this Function is marked with `@once_differentiable`, and is differentiated here",

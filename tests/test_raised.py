@@ -11,6 +11,7 @@ import linecache
 import logging
 import random
 import re
+import textwrap
 import warnings
 from functools import cached_property
 from operator import attrgetter
@@ -2727,8 +2728,21 @@ def test_an_error_that_has_nothing_to_do_with_gradients_gets_no_note():
         lambda: nn.Module()(torch.ones(1)),
         lambda: attrgetter("shape")(None),
         lambda: torch.optim.SGD([], 0.1),
+        lambda: nn.ReLU()(*[torch.ones(1)] * 2),
+        lambda: attrgetter("backward")(torch.ones(3))(*range(5)),
+        lambda: dict(torch.ones(2, 3)),
+        lambda: [a for a, b in [torch.ones(3)]],
     ],
-    ids=["a property", "a module without forward", "None", "an optimizer"],
+    ids=[
+        "a property",
+        "a module without forward",
+        "None",
+        "an optimizer",
+        "arguments of a module",
+        "arguments of a backward",
+        "a pair",
+        "a tensor taken apart",
+    ],
 )
 def test_an_error_of_torchs_that_has_nothing_to_do_with_gradients_gets_no_note(fail):
     """What only looks like a message about gradients passes through without a word."""
@@ -2962,6 +2976,88 @@ FILES = {
                     model(torch.ones(1, 2)).backward()
         """,
     ),
+    "a prediction from before the closure": (
+        "Trying to backward through the graph a second time",
+        """
+        model = nn.Sequential(nn.Linear(2, 1), nn.Tanh())
+
+        def step():
+            optimizer = torch.optim.LBFGS(model.parameters())
+            predicted = model(torch.ones(3, 2))  # <- here
+
+            def closure():
+                optimizer.zero_grad()
+                loss = predicted.square().mean()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        """,
+    ),
+    "a tensor with a history that a data set keeps": (
+        "refusing to serialize non-leaf tensor",
+        """
+        import torch.multiprocessing as mp
+
+        model = nn.Linear(2, 1)
+
+        class Bank:
+            def __init__(self):
+                self.rays = torch.ones(3, 2) @ model.weight.T  # <- here
+
+            def sample(self):
+                return self.rays[torch.tensor([0, 2])]
+
+        bank = Bank()
+
+        def step():
+            mp.get_context("fork").SimpleQueue().put(bank.sample())
+        """,
+    ),
+    "parameters that are put in place under names of their own": (
+        "No inf checks were recorded",
+        """
+        model = nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+        def prepare():
+            for name, p in list(model.named_parameters()):
+                model.register_parameter(name, nn.Parameter(p.detach() * 1))  # <- here
+
+        prepare()
+
+        def step():
+            scaler = torch.amp.GradScaler("cpu")
+            scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+            scaler.step(optimizer)
+        """,
+    ),
+    "the mode under which a solver runs": (
+        "appears to not have been used in the graph",
+        """
+        model = nn.Linear(2, 2)
+
+        def solve(f, z):
+            with torch.no_grad():  # <- here
+                return f(z)
+
+        def step():
+            x = torch.ones(1, 2, requires_grad=True)
+            loss = (model.weight * solve(lambda z: model(z + x), torch.zeros(1, 2))).sum()
+            torch.autograd.grad(loss, x)
+        """,
+    ),
+    "gradients in another shape than the losses": (
+        "Mismatch in shape",
+        """
+        model = nn.Linear(2, 1)
+
+        def step():
+            losses = [model(torch.ones(1, 2)).sum() for _ in range(2)]
+            ones = [torch.ones(1) for _ in losses]  # <- here
+            torch.autograd.backward(losses, ones)
+        """,
+    ),
     "what took the dimension away": (
         "invalid index of a 0-dim tensor",
         """
@@ -2980,12 +3076,77 @@ FILES = {
 @pytest.mark.parametrize(("words", "text"), FILES.values(), ids=FILES)
 def test_the_text_of_a_file_tells_what_decided(words, text, tmp_path):
     """A note names the setting, the decorator or the helper elsewhere in the file that led to the error."""
+    note, line = fails_with(words, inspect.cleandoc(text), tmp_path)
+
+    assert f"decided.py:{line}: `" in note
+
+
+FUNCTIONS = {
+    "saves a shape": (
+        "save_for_backward can only save variables",
+        "keep shapes, numbers and flags as attributes",
+        """
+        ctx.save_for_backward(x, x.shape)  # <- here
+        return x * 2
+        """,
+        "return grad * 2",
+    ),
+    "marks what it does not return": (
+        "marked as dirty during the forward method were not returned",
+        "leave the mark out where nothing is changed",
+        """
+        ctx.mark_dirty(x)  # <- here
+        return x * 2
+        """,
+        "return grad * 2",
+    ),
+    "returns a number": (
+        "expected Variable or None",
+        "None for each other one",
+        "return x * 2",
+        "return 2.0  # <- here",
+    ),
+    "reads what it did not keep": (
+        "object has no attribute 'scale'",
+        "set `ctx.scale` wherever the Function is called",
+        """
+        if x.numel() > 100:
+            ctx.scale = 2  # <- here
+        return x * 2
+        """,
+        "return grad * ctx.scale",
+    ),
+    "takes more than it saved": (
+        "not enough values to unpack",
+        "take as many as `save_for_backward` is given",
+        """
+        ctx.save_for_backward(x)  # <- here
+        return x.exp()
+        """,
+        """
+        x, y = ctx.saved_tensors
+        return grad * y
+        """,
+    ),
+    "runs a backward of its own over what all calls share": (
+        "Trying to backward through the graph a second time",
+        "compute all of it anew in there",
+        "return x + shared.detach()",
+        """
+        for _ in range(2):
+            with torch.enable_grad():
+                y = (grad * shared).sum()
+            y.backward()  # <- here
+        return grad
+        """,
+    ),
+}
+
+
+def fails_with(words, text, tmp_path):
+    """Return the note on the error of a file's `step()`, and the number of its line marked `# <- here`."""
     path = tmp_path / "decided.py"
-    path.write_text(
-        "import torch\nfrom torch import nn\nfrom gradwatch import diagnose\n"
-        + inspect.cleandoc(text)
-        + "\n"
-    )
+    path.write_text(f"import torch\nfrom torch import nn\nfrom gradwatch import diagnose\n{text}\n")
     spec = importlib.util.spec_from_file_location("decided", path)
     assert spec is not None
     assert spec.loader is not None
@@ -2997,4 +3158,107 @@ def test_the_text_of_a_file_tells_what_decided(words, text, tmp_path):
         module.step()
 
     (note,) = caught.value.__notes__
+    return note, line
+
+
+@pytest.mark.parametrize(
+    ("words", "advice", "forward", "backward"), FUNCTIONS.values(), ids=FUNCTIONS
+)
+def test_what_the_author_of_a_function_got_wrong_is_named(
+    words, advice, forward, backward, tmp_path
+):
+    """A Function whose `forward` and `backward` do not fit is explained by its own line, and told the way out."""
+    methods = [
+        f"    @staticmethod\n    def {head}:\n{textwrap.indent(inspect.cleandoc(body), ' ' * 8)}"
+        for head, body in (("forward(ctx, x)", forward), ("backward(ctx, grad)", backward))
+    ]
+    text = "\n".join(
+        [
+            "model = nn.Linear(2, 2)",
+            "shared = model.weight.exp().sum()",
+            "class Own(torch.autograd.Function):",
+            *methods,
+            "def step():",
+            "    Own.apply(model(torch.ones(1, 2))).sum().backward()",
+        ]
+    )
+    note, line = fails_with(words, text, tmp_path)
+
     assert f"decided.py:{line}: `" in note
+    assert advice in note
+
+
+HEADS = {
+    "no backward": (
+        "must implement either the backward",
+        "give it a static method `backward",
+        """
+        class Own(torch.autograd.Function):  # <- here
+            @staticmethod
+            def forward(ctx, x):
+                return x * 2
+        """,
+    ),
+    "a backward under another name": (
+        "must implement either the backward",
+        "its name is not `backward`",
+        """
+        class Own(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x * 2
+
+            @staticmethod
+            def backwards(ctx, grad):  # <- here
+                return grad * 2
+        """,
+    ),
+    "two outputs": (
+        "takes 2 positional arguments but 3 were given",
+        "give it an argument for each of them",
+        """
+        class Own(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x * 2, x + 1
+
+            @staticmethod
+            @once_differentiable
+            def backward(ctx, grad):  # <- here
+                return grad * 2
+        """,
+    ),
+    "no ctx": (
+        "takes 1 positional argument but 2 were given",
+        "let it take `ctx`",
+        """
+        class Own(torch.autograd.Function):
+            @staticmethod
+            def forward(x):  # <- here
+                return x * 2
+
+            @staticmethod
+            def backward(ctx, grad):
+                return grad * 2
+        """,
+    ),
+}
+
+
+@pytest.mark.parametrize(("words", "advice", "text"), HEADS.values(), ids=HEADS)
+def test_a_function_that_does_not_take_what_torch_gives_it_is_named(words, advice, text, tmp_path):
+    """A method that is missing, or has other arguments than torch gives it, is shown by its own first line."""
+    step = """
+    model = nn.Linear(2, 2)
+
+    def step():
+        y = Own.apply(model(torch.ones(1, 2)))
+        (y[0] if isinstance(y, tuple) else y).sum().backward()
+    """
+    imports = "from torch.autograd.function import once_differentiable"
+    note, line = fails_with(
+        words, "\n".join([imports, inspect.cleandoc(text), inspect.cleandoc(step)]), tmp_path
+    )
+
+    assert f"decided.py:{line}: `" in note
+    assert advice in note
