@@ -21,7 +21,6 @@ import logging
 import os
 import sys
 import threading
-import warnings
 import weakref
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -77,6 +76,7 @@ from gradwatch._record import (
     tensors_in,
     version_of,
 )
+from gradwatch._warned import shown_without_the_trace
 
 _traces = count()
 _eager = 0
@@ -236,6 +236,7 @@ class Trace(Record):
         _entered.add(self._mode)
         self._inside.callback(_entered.discard, self._mode)
         self._inside.enter_context(_eager_regions())
+        self._inside.enter_context(shown_without_the_trace())
         self._inside.enter_context(self._mode)
         for handle in (
             register_module_forward_pre_hook(self._enter_module),
@@ -1134,11 +1135,6 @@ def _eager_regions() -> Iterator[None]:
         return
     if not _eager:
         _stance.enter_context(torch.compiler.set_stance("force_eager"))
-        # torch warns of hooks on all modules, where a compiled one is called: ours mean no harm.
-        _stance.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings(
-            "ignore", r"Using `torch\.compile\(module\)` when there are global hooks"
-        )
     _eager += 1
     try:
         yield

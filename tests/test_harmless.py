@@ -601,3 +601,75 @@ def test_a_failure_after_the_users_own_keeps_the_users_own(
         raise ValueError("mine")
 
     assert logged(caplog) == [(logging.WARNING, BoomError)]
+
+
+def warning_step(model: nn.Module) -> None:
+    """Run what torch warns of: in C++, in Python with a level of the caller's, and in Python of the line itself."""
+    out = model(torch.ones(4, 2))
+    _ = (out * 2).grad  # in C++
+    loss = nn.functional.mse_loss(out, torch.ones(4))  # in Python, of the line that calls
+    _ = nn.functional.softmax(out)  # the same, from one function further inside
+    _ = torch.tensor(loss)
+    warnings.warn("mine", UserWarning, stacklevel=1)
+    loss.backward()
+
+
+def shown(run: Any, action: Any) -> list[tuple[str, str, int]]:
+    """Return what a run warns of, and where that is said to be, as Python would print it."""
+    lines = []
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        del category, args, kwargs
+        lines.append((str(message), filename, lineno))
+
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        warnings.simplefilter(action, UserWarning)
+        globals().pop("__warningregistry__", None)
+        warnings.showwarning = show
+        run()
+        assert warnings.showwarning is show
+    return lines
+
+
+@pytest.mark.parametrize(("action", "times"), [("default", 1), ("always", 2), ("once", 1)])
+def test_warnings_of_torchs_are_shown_at_the_users_line_as_often_as_without(
+    action: str, times: int
+):
+    """A traced step warns of the same, in the same order and of the same lines, as one that nobody watches."""
+
+    def bare() -> None:
+        model = nn.Linear(2, 1)
+        for _ in range(2):
+            warning_step(model)
+
+    def watched() -> None:
+        model = nn.Linear(2, 1)
+        with Watcher(model) as watcher:
+            for _ in range(2):
+                with watcher.step():
+                    warning_step(model)
+
+    alone = shown(bare, action)
+    assert len(alone) == 5 * times
+    assert {file for _, file, _ in alone} == {__file__}
+    assert shown(watched, action) == alone
+
+
+def test_a_filter_for_errors_makes_an_error_of_a_warning_in_a_traced_step_too():
+    """Where warnings are errors, what torch warns of raises as it does without a trace."""
+    model = nn.Linear(2, 1)
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(UserWarning, match="target size"),
+        diagnose(model),
+    ):
+        warnings.simplefilter("error")
+        nn.functional.mse_loss(model(torch.ones(4, 2)), torch.ones(4))
