@@ -12,6 +12,8 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from gradwatch import _frames, _source, _statements, _words, explain
 from gradwatch._calls import Kind, Wrapper
 from gradwatch._failure import (
@@ -22,6 +24,8 @@ from gradwatch._failure import (
     begun_at,
     failing,
     failing_places,
+    files_of,
+    in_nearest_file,
     last_of_user,
     layer_made_at,
     line_at,
@@ -30,18 +34,16 @@ from gradwatch._failure import (
     local_owner,
     local_tensor,
     local_tensors,
+    made_in_place,
     role_of,
     statement,
-    users_own,
 )
 from gradwatch._record import hooks_of, memory_of, node_of, result_of
-from gradwatch._unread import passed_over
+from gradwatch._unread import ignoring_functions, passed_over
 from gradwatch.report import Site, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-
-    import torch
 
     from gradwatch._failure import Find
     from gradwatch._record import Backward, Op
@@ -116,7 +118,7 @@ def loss_made_by(
         if asked is None or not made:
             return failing(kind)(raised)
         shaped = [at(op.place) for op in reversed(made)]
-        none = _in_nearest_file(raised, lambda f: _statements.constants(f, "reduction", "none"))
+        none = in_nearest_file(raised, lambda f: _statements.constants(f, "reduction", "none"))
         kept = [role_of("keeps one value for each", statement(s)) for s in none[:2]]
         places = listed(shaped[0], shaped[-1], *kept, at(asked.place))
         return _words.error_note(kind, places)
@@ -187,10 +189,12 @@ def not_in_graph(raised: Raised) -> str | None:
             places = listed(_words.place(cut.site), switch, at(asked.place))
             cutter = cut.operation or str(cut.cause)
             return _words.error_note("cut_before", places, cutter, named)
+    unread = in_nearest_file(raised, ignoring_functions)
+    ignoring = role_of("reads none of its arguments", listed(*map(statement, unread)))
     places = listed(
         *(role_of("made here", at(op.place)) for op in made[:1]),
         role_of("the last that was computed from it", None if last is None else at(last.place)),
-        None if last is None else _passed_over(trace, last),
+        ignoring or (None if last is None else _passed_over(trace, last)),
         *(role_of("the output", at(op.place)) for op in outputs[:1]),
         *map(at, raised.callers_of(asked.place)),
         at(asked.place),
@@ -248,9 +252,7 @@ def from_inference_mode(raised: Raised) -> str | None:
     while made is not None and made.grad_mode and made.inputs:
         made = raised.maker_of(made.inputs[0])  # a view of it that was made outside
     if failed is None or made is None or made.grad_mode:
-        modes = [
-            s for f in _files_of(raised) for s in _statements.method_calls(f, "inference_mode")
-        ]
+        modes = [s for f in files_of(raised) for s in _statements.method_calls(f, "inference_mode")]
         within = [role_of("perhaps made in there", statement(mode)) for mode in modes[:2]]
         last = before_torch(raised.error) if failed is None else failed.place
         places = listed(*within, *map(at, [*raised.callers_of(last), last]))
@@ -416,7 +418,7 @@ def recomputed_otherwise(raised: Raised) -> str | None:
         again = [type(module) for module in modules.values()]
     changes = _statements.changes_of_state(dict.fromkeys(again))
     if not changes and not raised.model.training:
-        modes = [s for file in _files_of(raised) for s in _statements.method_calls(file, "eval")]
+        modes = [s for file in files_of(raised) for s in _statements.method_calls(file, "eval")]
         changes = modes if len(modes) == 1 else []
     change = role_of("by this the next run differs", statement(changes[0])) if changes else None
     return _words.error_note("recomputed", listed(change, call)) if change or call else None
@@ -451,7 +453,7 @@ def stepped_over_nothing(raised: Raised) -> str | None:
     loose = [name for name, p in parameters.items() if p.requires_grad and id(p) not in owned]
     modules = [part for name in loose for part in reversed(name.split(".")[:-1])]
     parts = dict.fromkeys([*modules, *(name.rpartition(".")[2] for name in loose)])
-    put = _in_nearest_file(raised, lambda file: _replacing(file, parts)) if loose else []
+    put = in_nearest_file(raised, lambda file: _replacing(file, parts)) if loose else []
     if put:
         return _words.error_note("held_before", listed(statement(put[0]), last))
     return _words.error_note("nothing_to_unscale", last)
@@ -463,40 +465,32 @@ def _replacing(file: str, parts: Iterable[str]) -> list[_source.Statement]:
     return next(filter(None, put), _statements.method_calls(file, "register_parameter"))
 
 
-def _files_of(raised: Raised) -> list[str]:
-    """Return the user's files that the model's classes, and the lines that the error passed, are in."""
-    files = [place.code.co_filename for place in reversed(users_own(raised.error))]
-    for module in raised.model.modules():
-        file = _source.file_of(type(module))
-        if file is not None and _frames.owner_of_file(file) is _frames.Owner.USER:
-            files.append(file)
-    return list(dict.fromkeys(files))
-
-
-def _in_nearest_file(
-    raised: Raised, find: Callable[[str], list[_source.Statement]]
-) -> list[_source.Statement]:
-    """Return what is found in the innermost of the user's files that has any."""
-    return next((found for file in _files_of(raised) if (found := find(file))), [])
-
-
 def sparse_gradients(raised: Raised) -> str | None:
     """Explain an optimizer that is given sparse gradients by the only place that asks for these."""
-    asked = [s for file in _files_of(raised) for s in _statements.constants(file, "sparse", True)]
+    asked = [s for file in files_of(raised) for s in _statements.constants(file, "sparse", True)]
     last = at(last_of_user(raised.error))
     return _words.error_note("sparse", listed(*map(statement, asked[:1]), last))
 
 
 def half_parameters(raised: Raised) -> str | None:
     """Explain a scaler over parameters in float16 by the only place that casts to it."""
-    casts = _in_nearest_file(raised, _statements.casts_to_half)
+    parameters = raised.inspection.parameters
+    halves = [name for name, p in parameters.items() if p.dtype is torch.float16]
+    if 0 < len(halves) < len(parameters):
+        path, _, name = halves[0].rpartition(".")
+        module = raised.model.get_submodule(path)
+        own = [statement(kept) for kept in _statements.keepings(type(module), name)[:1]]
+        made = listed(*own, layer_made_at(raised.model, module))
+        last = at(last_of_user(raised.error))
+        return _words.error_note("some_in_half", listed(made, last), halves[0])
+    casts = in_nearest_file(raised, _statements.casts_to_half)
     cast = [statement(casts[0])] if len(casts) == 1 else []
     return _words.error_note("half_parameters", listed(*cast, at(last_of_user(raised.error))))
 
 
 def random_in_vmap(raised: Raised) -> str | None:
     """Explain random numbers under ``vmap`` by its only call, or the decorator that is one."""
-    maps = _in_nearest_file(raised, lambda file: _statements.mentions(file, "vmap"))
+    maps = in_nearest_file(raised, lambda file: _statements.mentions(file, "vmap"))
     one = [role_of("the `vmap`", statement(maps[0]))] if len(maps) == 1 else []
     return _words.error_note("random_in_vmap", listed(at(last_of_user(raised.error)), *one))
 
@@ -504,7 +498,7 @@ def random_in_vmap(raised: Raised) -> str | None:
 def array_of_a_leaf(raised: Raised) -> str | None:
     """Explain a tensor that NumPy cannot take by the only place that lets a tensor require grad."""
     failed = raised.failed
-    calls = _in_nearest_file(raised, lambda f: _statements.method_calls(f, "requires_grad_"))
+    calls = in_nearest_file(raised, lambda f: _statements.method_calls(f, "requires_grad_"))
     of_input = failed is not None and not _has_parameters(raised, failed.read)
     asked = [statement(calls[0])] if of_input and len(calls) == 1 else []
     places = [at(place) for place in failing_places(raised)]
@@ -529,10 +523,8 @@ def leaf_in_place(raised: Raised) -> str | None:
     """Explain a leaf that is changed in place by the call, and by the layer that does so where it is one."""
     places = [at(place) for place in failing_places(raised)]
     layer = local_owner(raised.error, "self")
-    if getattr(layer, "inplace", False):
-        set_at = _in_nearest_file(raised, lambda f: _statements.reassignments(f, "inplace"))
-        places = [*map(statement, set_at[:1]), layer_made_at(raised.model, layer), *places]
-    return _words.error_note("leaf_in_place", listed(*places)) if places else None
+    made = made_in_place(raised, layer)
+    return _words.error_note("leaf_in_place", listed(made, *places)) if places else None
 
 
 def norm_in_vmap(raised: Raised) -> str | None:

@@ -218,6 +218,32 @@ def local_owner(error: Exception, name: str) -> Any:
     return next((value for value in reversed(held) if isinstance(value, kinds)), None)
 
 
+def files_of(raised: Raised) -> list[str]:
+    """Return the user's files that the model's classes, and the lines that the error passed, are in."""
+    files = [place.code.co_filename for place in reversed(users_own(raised.error))]
+    for module in raised.model.modules():
+        file = _source.file_of(type(module))
+        if file is not None and _frames.owner_of_file(file) is _frames.Owner.USER:
+            files.append(file)
+    return list(dict.fromkeys(files))
+
+
+def in_nearest_file(
+    raised: Raised, find: Callable[[str], list[_source.Statement]]
+) -> list[_source.Statement]:
+    """Return what is found in the innermost of the user's files that has any."""
+    return next((found for file in files_of(raised) if (found := find(file))), [])
+
+
+def made_in_place(raised: Raised, layer: Any) -> str | None:
+    """Return where a layer that works in place was told so, and made; None for all others."""
+    if not getattr(layer, "inplace", False):
+        return None
+    told = in_nearest_file(raised, lambda file: _statements.set_from_outside(file, "inplace"))
+    set_at = [role_of("set to work in place", statement(found)) for found in told[:1]]
+    return listed(*set_at, layer_made_at(raised.model, layer))
+
+
 def layer_made_at(model: torch.nn.Module, layer: Any) -> str | None:
     """Return the statement that put a layer into a model, or what the layer is in."""
     path = next((path for path, module in model.named_modules() if module is layer), "")

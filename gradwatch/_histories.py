@@ -273,8 +273,10 @@ def _shared(trace: Trace) -> tuple[str | None, str | None]:
         key=lambda op: op.index,
         default=None,
     )
-    if last is None or not roots.isdisjoint(last.outputs):
+    if last is None:
         return None, None
+    if not roots.isdisjoint(last.outputs):
+        return _used_again(trace, last, second), None
     taken = next(
         (
             op
@@ -294,10 +296,19 @@ def _shared(trace: Trace) -> tuple[str | None, str | None]:
     calls = (
         [] if earlier is None else _statements.calls_before(earlier[:2], taken.place.code.co_name)
     )
-    ways = map(statement, calls[-1:])
+    into = trace.call_around(taken)
+    ways = [*map(statement, calls[-1:]), None if into == trace.call_around(last) else at(into)]
     return listed(role_of("computed once, used by both", once), call), role_of(
         "goes into the earlier one here", listed(*ways, at(taken.place))
     )
+
+
+def _used_again(trace: Trace, root: Op, later: set[int]) -> str | None:
+    """Return where what an earlier pass began at goes into the loss of the later one."""
+    own = set(root.outputs)
+    readers = (op for op in trace.ops[root.index + 1 :] if not own.isdisjoint(op.inputs))
+    again = next((op for op in readers if not later.isdisjoint(op.outputs)), None)
+    return None if again is None else role_of("the earlier loss goes in here", at(again.place))
 
 
 def _given_to(place: _frames.Place | None) -> str | None:

@@ -19,9 +19,9 @@ from gradwatch._failure import (
     at,
     callers_in,
     failing,
-    layer_made_at,
     listed,
     local_owner,
+    made_in_place,
     role_of,
     statement,
 )
@@ -63,8 +63,7 @@ def overwritten(raised: Raised) -> str | None:
         kind = "overwritten" if maker is None else "overwritten_result"
         where = listed(*map(at, callers_in(write.stack)), at(write.place), at(write.around))
         layer = raised.inspection.module_at(write.module)
-        if getattr(layer, "inplace", False):
-            where = listed(where, role_of("made here", layer_made_at(raised.model, layer)))
+        where = listed(where, role_of("made here", made_in_place(raised, layer)))
         return _words.overwritten(kind, where, write.operation, maker)
     return _written_unseen(raised, shape, found[2]) or (
         _words.overwritten("overwritten", at(later[0].place), later[0].operation, None)
@@ -132,8 +131,7 @@ def behind_a_hook(raised: Raised) -> str | None:
     failed = raised.failed
     wrote = None if failed is None else at(failed.place)
     layer = local_owner(raised.error, "self")
-    made = layer_made_at(raised.model, layer) if getattr(layer, "inplace", False) else None
-    in_place = role_of("changes its input in place", made)
+    in_place = role_of("changes its input in place", made_in_place(raised, layer))
     return _words.error_note("behind_a_hook", listed(*map(statement, found[:1]), in_place, wrote))
 
 

@@ -487,6 +487,22 @@ def reassignments(file: str, name: str) -> list[Statement]:
     return statements_of(file, [node for _, node in _assigned_to(file, name)])
 
 
+def set_from_outside(file: str, name: str) -> list[Statement]:
+    """Return where a file sets an attribute of something else than ``self``, also by ``setattr``."""
+    module = tree(file)
+    found: list[ast.AST] = []
+    for node in () if module is None else ast.walk(module):
+        if isinstance(node, ast.Assign):
+            owners = [
+                t.value for t in node.targets if isinstance(t, ast.Attribute) and t.attr == name
+            ]
+            found += [node] if any(last_name(owner) != "self" for owner in owners) else []
+        elif isinstance(node, ast.Call) and called(node) == "setattr":
+            named = [n.value for n in node.args[1:2] if isinstance(n, ast.Constant)]
+            found += [node] if named == [name] else []
+    return statements_of(file, found)
+
+
 def settings(file: str, name: str) -> list[Statement]:
     """Return the same, and before it the calls of the functions that assign what they are given."""
     found = list(_assigned_to(file, name))

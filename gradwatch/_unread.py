@@ -31,6 +31,7 @@ _OTHER_WAYS = frozenset(
 )
 _MOST_PARTS = 3
 _ENDS = (ast.Return, ast.Raise, ast.Continue, ast.Break)
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _Conditions = tuple[str, ...]
 
 
@@ -76,7 +77,7 @@ def passed_over(code: CodeType) -> tuple[str, Reading] | None:
         code: That of a function.
     """
     inside = _source.function(code)
-    if not isinstance(inside, (ast.FunctionDef, ast.AsyncFunctionDef)):
+    if not isinstance(inside, _FUNCTIONS):
         return None
     nodes = [(n, given) for n, given in _in_block(inside.body, ()) if isinstance(n, ast.Name)]
     for argument in (*inside.args.args, *inside.args.kwonlyargs):
@@ -90,6 +91,26 @@ def passed_over(code: CodeType) -> tuple[str, Reading] | None:
             unread = Reading(code.co_filename, argument.lineno, inside.name)
             return argument.arg, next(iter(found), unread)
     return None
+
+
+def ignoring_functions(file: str) -> list[_source.Statement]:
+    """Return the one function in another one that reads none of its arguments, and what it returns, if there is one.
+
+    What it computes from is then what the function around it holds.
+    """
+    module = _source.tree(file)
+    outer = [n for n in (() if module is None else ast.walk(module)) if isinstance(n, _FUNCTIONS)]
+    found: list[list[ast.AST]] = []
+    inside = (node for around in outer for part in around.body for node in ast.walk(part))
+    for node in dict.fromkeys(inside):
+        if isinstance(node, ast.FunctionDef):
+            own = {a.arg for a in (*node.args.posonlyargs, *node.args.args)} - {"self", "cls"}
+            inner = [n for part in node.body for n in ast.walk(part)]
+            names = {n.id for n in inner if isinstance(n, ast.Name)}
+            returns = [n for n in inner if isinstance(n, ast.Return) and n.value is not None]
+            if own and returns and own.isdisjoint(names):
+                found.append([node, returns[-1]])
+    return _source.statements_of(file, found[0]) if len(found) == 1 else []
 
 
 def settings(cls: type, name: str) -> dict[str, list[_source.Statement]]:
@@ -135,7 +156,7 @@ def _is_of_self(node: ast.AST) -> bool:
 
 def _in_class(file: str, body: ast.ClassDef, name: str) -> Iterator[Reading]:
     for method in body.body:
-        if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        if isinstance(method, _FUNCTIONS):
             for node, conditions in _in_block(method.body, ()):
                 if _loads(node, name) and _is_of_self(node):
                     yield Reading(file, node.lineno, method.name, conditions)  # type: ignore[attr-defined]

@@ -573,6 +573,10 @@ ERRORS = {
         "the parameters are in float16, and a GradScaler is for parameters in float32",
         "keep the model in float32 and run it under `torch.autocast`, or do without the scaler",
     ),
+    "some_in_half": (
+        "`{1}` is in float16, and a GradScaler is for parameters in float32",
+        "make it in float32, as the others are, and run the model under `torch.autocast`",
+    ),
     "nothing_to_unscale": (
         "no parameter of the optimizer that steps here has got a gradient",
         None,

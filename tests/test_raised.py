@@ -3058,6 +3058,98 @@ FILES = {
             torch.autograd.backward(losses, ones)
         """,
     ),
+    "a constructor that makes layers work in place": (
+        "modified by an inplace operation",
+        """
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.enc, self.drop = nn.Linear(2, 2), nn.Dropout(0.5)
+                for module in self.modules():
+                    if isinstance(module, nn.Dropout):
+                        module.inplace = True  # <- here
+
+            def forward(self, x):
+                return self.drop(self.enc(x).sigmoid()).sum()
+
+        model = Net()
+
+        def step():
+            model(torch.ones(3, 2)).backward()
+        """,
+    ),
+    "the sum of a loss that is used up and a new one": (
+        "Trying to backward through the graph a second time",
+        """
+        model = nn.Linear(2, 1)
+
+        def step():
+            loss = model(torch.ones(3, 2)).square().mean()
+            loss.backward()
+            loss = loss + model(torch.zeros(3, 2)).square().mean()  # <- here
+            loss.backward()
+        """,
+    ),
+    "the call through which a critic takes what a generator made": (
+        "Trying to backward through the graph a second time",
+        """
+        class Part(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.enc = nn.Linear(2, 2)
+
+            def forward(self, x):
+                return self.enc(x).sigmoid()
+
+        model = nn.ModuleList([Part(), Part()])
+
+        def step():
+            generator, critic = model
+            fake = generator(torch.ones(3, 2))
+            score = critic(fake)  # <- here
+            score.mean().backward()
+            critic(fake).mean().backward()
+        """,
+    ),
+    "a function that ignores what it is given": (
+        "appears to not have been used in the graph",
+        """
+        model = nn.Linear(2, 1)
+
+        def sensitivity(f, x):
+            noise = torch.zeros_like(x, requires_grad=True)
+            return torch.autograd.grad(f(x + noise).sum(), noise)
+
+        def step():
+            x = torch.ones(3, 2)
+
+            def evaluate(perturbed):
+                return model(x)  # <- here
+
+            sensitivity(evaluate, x)
+        """,
+    ),
+    "the one parameter in float16": (
+        "Attempting to unscale FP16 gradients",
+        """
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.enc = nn.Linear(2, 1)
+                self.slope = nn.Parameter(torch.ones(1, dtype=torch.float16))  # <- here
+
+            def forward(self, x):
+                return (self.enc(x) * self.slope).sum()
+
+        model = Net()
+
+        def step():
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            scaler = torch.amp.GradScaler("cpu")
+            scaler.scale(model(torch.ones(1, 2))).backward()
+            scaler.unscale_(optimizer)
+        """,
+    ),
     "what took the dimension away": (
         "invalid index of a 0-dim tensor",
         """
