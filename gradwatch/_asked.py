@@ -1,7 +1,8 @@
 """What a backward pass was asked for, or an operation was given, that autograd refuses.
 
 What this room knows that no other does: what torch means by the many ways to say that, and which line of the user's
-made the tensor in question: a derivative that does not exist, a hook with a gradient of another shape, a loss that is no number, a checkpoint that runs otherwise again, an optimizer over what is no leaf.
+made the tensor in question: a derivative that does not exist, a hook with a gradient of another shape, a loss that
+is no number, a checkpoint that runs otherwise again, a tensor that is no leaf.
 
 Limits: as in ``_raised``, where the words of torch's are.
 """
@@ -11,8 +12,6 @@ from __future__ import annotations
 import math
 import re
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from gradwatch import _frames, _source, _statements, _words, explain
 from gradwatch._calls import Kind, Wrapper
@@ -38,12 +37,15 @@ from gradwatch._failure import (
     role_of,
     statement,
 )
+from gradwatch._histories import frozen_ones
 from gradwatch._record import hooks_of, memory_of, node_of, result_of
 from gradwatch._unread import ignoring_functions, passed_over
 from gradwatch.report import Site, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
+    import torch
 
     from gradwatch._failure import Find
     from gradwatch._record import Backward, Op
@@ -162,9 +164,20 @@ def _made_odd(
 def gradients_of_another_shape(raised: Raised) -> str | None:
     """Explain gradients that do not fit what is differentiated by the statement that made them, and the call."""
     places = failing_places(raised)
-    made = _statements.gradient_argument(places[-1][:2]) if places else None
+    made = _statements.last_argument(places[-1][:2], "grad") if places else None
     own = None if made is None else role_of("made here", statement(made))
     return _words.error_note("grad_outputs", listed(own, *map(at, places))) if places else None
+
+
+def asked_for_nothing(raised: Raised) -> str | None:
+    """Explain an empty list of what to differentiate for by what made the list, and by what is frozen."""
+    places = failing_places(raised)
+    if not places:
+        return None
+    made = _statements.last_argument(places[-1][:2], "inputs")
+    own = None if made is None else role_of("made here", statement(made))
+    said = [_words.error_note("asked_for_nothing", listed(own, *map(at, places)))]
+    return "\n\n".join([*said, *filter(None, [frozen_ones(raised.model)])])
 
 
 def not_in_graph(raised: Raised) -> str | None:
@@ -435,57 +448,7 @@ def func_of_a_vector(raised: Raised) -> str | None:
 BY_PLACE[func_of_a_vector] = "func_of_a_vector"
 
 
-# Optimizers, and what they are given ------------------------------------------------------------------
-
-
-def stepped_over_nothing(raised: Raised) -> str | None:
-    """Explain a scaler that has seen no gradient of an optimizer's by what the optimizer holds."""
-    held = local_owner(raised.error, "optimizer")
-    groups = getattr(held, "param_groups", ())
-    parameters = raised.inspection.parameters
-    owned = {id(p) for group in groups for p in group["params"]}
-    mine = [name for name, p in parameters.items() if id(p) in owned]
-    last = at(last_of_user(raised.error))
-    if mine:
-        found = raised.inspection.diagnose(dict.fromkeys(mine, Status.MISSING), 0)
-        said = [explain.render(d, tuple(parameters)) for d in found[:1]]
-        return "\n\n".join([_words.error_note("nothing_to_unscale", last), *said])
-    loose = [name for name, p in parameters.items() if p.requires_grad and id(p) not in owned]
-    modules = [part for name in loose for part in reversed(name.split(".")[:-1])]
-    parts = dict.fromkeys([*modules, *(name.rpartition(".")[2] for name in loose)])
-    put = in_nearest_file(raised, lambda file: _replacing(file, parts)) if loose else []
-    if put:
-        return _words.error_note("held_before", listed(statement(put[0]), last))
-    return _words.error_note("nothing_to_unscale", last)
-
-
-def _replacing(file: str, parts: Iterable[str]) -> list[_source.Statement]:
-    """Return where a file assigns one of some parts of a model, else where it registers parameters by name."""
-    put = (_statements.reassignments(file, part) for part in parts)
-    return next(filter(None, put), _statements.method_calls(file, "register_parameter"))
-
-
-def sparse_gradients(raised: Raised) -> str | None:
-    """Explain an optimizer that is given sparse gradients by the only place that asks for these."""
-    asked = [s for file in files_of(raised) for s in _statements.constants(file, "sparse", True)]
-    last = at(last_of_user(raised.error))
-    return _words.error_note("sparse", listed(*map(statement, asked[:1]), last))
-
-
-def half_parameters(raised: Raised) -> str | None:
-    """Explain a scaler over parameters in float16 by the only place that casts to it."""
-    parameters = raised.inspection.parameters
-    halves = [name for name, p in parameters.items() if p.dtype is torch.float16]
-    if 0 < len(halves) < len(parameters):
-        path, _, name = halves[0].rpartition(".")
-        module = raised.model.get_submodule(path)
-        own = [statement(kept) for kept in _statements.keepings(type(module), name)[:1]]
-        made = listed(*own, layer_made_at(raised.model, module))
-        last = at(last_of_user(raised.error))
-        return _words.error_note("some_in_half", listed(made, last), halves[0])
-    casts = in_nearest_file(raised, _statements.casts_to_half)
-    cast = [statement(casts[0])] if len(casts) == 1 else []
-    return _words.error_note("half_parameters", listed(*cast, at(last_of_user(raised.error))))
+# Under `vmap`, in place, and on the way to NumPy ---------------------------------------------------
 
 
 def random_in_vmap(raised: Raised) -> str | None:

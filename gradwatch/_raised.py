@@ -19,11 +19,11 @@ from torch import Tensor
 from gradwatch import _frames, _source, _statements, _words, explain
 from gradwatch._asked import (
     array_of_a_leaf,
+    asked_for_nothing,
     changed_by_a_hook,
     from_inference_mode,
     func_of_a_vector,
     gradients_of_another_shape,
-    half_parameters,
     hook_of_a_module,
     inputs_in_a_reentrant_checkpoint,
     leaf_in_place,
@@ -39,8 +39,6 @@ from gradwatch._asked import (
     random_in_vmap,
     recomputed_otherwise,
     serialised_result,
-    sparse_gradients,
-    stepped_over_nothing,
     without_derivative,
     without_formula,
 )
@@ -76,6 +74,13 @@ from gradwatch._histories import (
     outlived,
     switched_off,
     without_history,
+)
+from gradwatch._optimizers import (
+    half_parameters,
+    in_two_groups,
+    not_finite,
+    sparse_gradients,
+    stepped_over_nothing,
 )
 from gradwatch._overwrites import behind_a_hook, overwritten, view_without_history
 from gradwatch._record import held_by, unregistered
@@ -272,11 +277,21 @@ _KINDS: tuple[tuple[str, Find], ...] = (
     ("can't optimize a non-leaf Tensor", no_leaf),
     ("' as parameter '", raising("no_parameter")),
     ("unscale_() has already been called", raising("unscaled_twice")),
+    ("unscale_() is being called after step()", raising("stepped_before")),
+    ("step() has already been called since", raising("stepped_before")),
     ("Attempting to unscale FP16 gradients", half_parameters),
     ("No inf checks were recorded for this optimizer", stepped_over_nothing),
     ("does not support sparse gradients", sparse_gradients),
     ("refusing to serialize non-leaf tensor", serialised_result),
     ("attempting to assign a gradient of size", made_and_failing("grad_of_another_size")),
+    ("attempting to assign a gradient with dtype", made_and_failing("grad_of_another_type")),
+    ("is non-finite, so it cannot be clipped", not_finite),
+    ("()` cannot be empty", asked_for_nothing),
+    ("optimizer can only optimize Tensors", raising("not_parameters")),
+    ("given to the optimizer should be an iterable", raising("not_parameters")),
+    ("appear in more than one parameter group", in_two_groups),
+    ("cannot resize variables that require grad", failing("resized")),
+    ("from the 'Sparse", sparse_gradients),
     ("refers to a single memory location", failing("expanded_in_place")),
     ("Batch norm got a batched tensor as input", norm_in_vmap),
     ("' returned nan values in its", not_a_number),

@@ -604,13 +604,13 @@ def first_argument(step: Step, outer: CodeType) -> Statement | None:
     return statements[0] if statements else None
 
 
-def gradient_argument(step: Step) -> Statement | None:
-    """Return the statement that assigned the name which a call of ``backward`` or ``grad`` is given for its gradients."""
+def last_argument(step: Step, keyword: str) -> Statement | None:
+    """Return the statement that assigned what a call is given last, or by a keyword that begins so."""
     home = function(step[0])
     read = None if home is None else expression(step, home)
     if not isinstance(read, ast.Call) or home is None:
         return None
-    named = [k.value for k in read.keywords if (k.arg or "").startswith("grad")]
+    named = [k.value for k in read.keywords if (k.arg or "").startswith(keyword)]
     given = named or read.args[-1:]
     name = root_of(given[0]) if given else ""
     found = statements_of(step[0].co_filename, _assigned(name, own_nodes(home), read.lineno)[-1:])

@@ -565,6 +565,34 @@ ERRORS = {
         "the loss is a number: it left torch here, and has no `backward`",
         "add up the tensors themselves, and take `.item()` for the log only",
     ),
+    "grad_of_another_type": (
+        "a gradient of another type than the parameter is assigned",
+        "cast it first: `p.grad = gradient.to(p.dtype)`",
+    ),
+    "not_finite": (
+        "the gradients that are to be clipped here are NaN or infinite",
+        None,
+    ),
+    "asked_for_nothing": (
+        "no tensor is named to differentiate for",
+        "name at least one that requires grad, or leave `inputs` out of `backward()`",
+    ),
+    "not_parameters": (
+        "the optimizer is given something that is no parameter",
+        "pass `model.parameters()` itself, or groups: `[{{'params': model.head.parameters()}}]`",
+    ),
+    "in_two_groups": (
+        "{1} would be in two groups of the optimizer",
+        "leave out of the one group what the other one holds",
+    ),
+    "resized": (
+        "a tensor that requires grad is resized in place",
+        "use what `reshape`, a slice, or `torch.nn.functional.pad` returns",
+    ),
+    "stepped_before": (
+        "the optimizer has already stepped with these gradients, and `scaler.update()` was not called since",
+        "call `unscale_()`, `step()` and `update()` in this order, and each once for a step",
+    ),
     "unscaled_twice": (
         "gradients are unscaled here for the second time since `scaler.update()`",
         "call `unscale_()` once for each step of the optimizer: in the micro-batch in which it steps",
@@ -586,7 +614,7 @@ ERRORS = {
         "build the optimizer after the model is complete",
     ),
     "sparse": (
-        "an optimizer for dense gradients is given sparse ones",
+        "sparse gradients are given to what is for dense ones",
         "leave out `sparse=True`, or give these parameters to `torch.optim.SparseAdam`",
     ),
     "serialised": (

@@ -2298,6 +2298,96 @@ class EmbeddedAgain(Net):
         return loss
 
 
+class ClippedNaN(Net):
+    words = "is non-finite, so it cannot be clipped"
+    advice = "`enc.*` and `head.*` get a gradient with NaN or infinity"
+
+    def forward(self, x):
+        return (self.head(self.enc(x)) * 0).sqrt().mean()  # <- here
+
+    def run(self, x):
+        self(x).backward()
+        nn.utils.clip_grad_norm_(self.parameters(), 1.0, error_if_nonfinite=True)
+
+
+class NothingAskedFor(Net):
+    words = "cannot be empty"
+    advice = "`requires_grad` is False for `enc.*` and `head.*`"
+
+    def run(self, x):
+        self.requires_grad_(False)
+        wanted = [p for p in self.parameters() if p.requires_grad]  # <- here
+        loss = self.head(self.enc(x.requires_grad_())).mean()
+        torch.autograd.grad(loss, wanted)
+
+
+class GradientOfAnotherType(Net):
+    words = "attempting to assign a gradient with dtype"
+    advice = "cast it first"
+
+    def run(self, x):
+        self(x).mean().backward()
+        for p in self.parameters():
+            kept = p.grad.double()  # <- here
+            p.grad = kept
+
+    def forward(self, x):
+        return self.head(self.enc(x))
+
+
+class ListOfAnIterator(Net):
+    words = "optimizer can only optimize Tensors"
+    advice = "pass `model.parameters()` itself"
+
+    def run(self, x):
+        given: Any = [self.parameters()]
+        torch.optim.SGD(given, 0.1)  # <- here
+
+
+class InTwoGroups(Net):
+    words = "appear in more than one parameter group"
+    advice = "`head.*` would be in two groups"
+
+    def run(self, x):
+        groups: Any = [{"params": self.parameters()}, {"params": self.head.parameters(), "lr": 1.0}]
+        torch.optim.SGD(groups, 0.1)  # <- here
+
+
+class Resized(Net):
+    words = "cannot resize variables that require grad"
+    advice = "`torch.nn.functional.pad`"
+
+    def forward(self, x):
+        h = self.enc(x)
+        h.resize_(4, 4)  # <- here
+        return h.mean()
+
+
+class SteppedTwice(Net):
+    words = "step() has already been called"
+    advice = "each once for a step"
+
+    def run(self, x):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(self.head(self.enc(x)).mean()).backward()
+        for _ in range(2):
+            scaler.step(optimizer)  # <- here
+
+
+class SparseGradientsClipped(Net):
+    words = "from the 'SparseCPU' backend"
+    advice = "leave out `sparse=True`"
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(4, 3, sparse=True)  # <- here
+
+    def run(self, x):
+        self.table(torch.tensor([0, 1])).mean().backward()
+        nn.utils.clip_grad_norm_(self.table.parameters(), 1.0)
+
+
 CASES = [
     value
     for value in globals().values()
