@@ -8,6 +8,7 @@ Limits: zeros and non-finite values are known on measured steps only, and so is 
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 from functools import cached_property
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_log = logging.getLogger("gradwatch")
 _BAD = frozenset({Status.MISSING, Status.ZERO, Status.NONFINITE})
 _grad = attrgetter("grad")
 
@@ -142,6 +144,53 @@ class Facts:
         statuses = dict.fromkeys(covered, Status.OK)
         statuses.update((n, status) for n, status in self.not_ok.items() if n in statuses)
         return statuses
+
+
+class Learned:
+    """What traced steps have shown of gradients of which ``.grad`` alone does not tell."""
+
+    def __init__(self) -> None:
+        self.taken: frozenset[str] = frozenset()
+        """Names of those whose gradients an optimizer takes away within backward."""
+        self.used_up: frozenset[str] = frozenset()
+        """Names of those whose gradients are gone, by the user's own hand, when a step is judged."""
+        self.well: frozenset[str] = frozenset()
+        """Names of those whose gradients are written less often than others, and arrive."""
+        self.doubted: frozenset[str] = frozenset()
+        """Names of those of which the next traced step is to tell whether a gradient arrives."""
+        self._left: frozenset[str] = frozenset()
+        """Names of those whose gradients are zeros that were left."""
+
+    def note_taken(self, names: Collection[str]) -> None:
+        """Learn whose gradients an optimizer takes away within backward."""
+        if not self.taken.issuperset(names):
+            _log.warning(_words.TAKEN_AWAY)
+        self.taken = self.taken.union(names)
+
+    def note_by_hand(self, names: Collection[str]) -> None:
+        """Learn whose gradients the user's program uses up itself, before the step ends."""
+        if names and not self.used_up:
+            _log.warning(_words.BY_HAND)
+        self.used_up = self.used_up.union(names)
+
+    def left_at_zero(
+        self, lagging: frozenset[str], received: Collection[str] | None
+    ) -> frozenset[str]:
+        """Return those whose gradients are zeros of ``zero_grad`` that nothing was added to.
+
+        Args:
+            lagging: Those whose gradients were written less often than others.
+            received: Those that were given one in this step, where it is traced and every pass was seen.
+        """
+        if received is not None:
+            arrived = lagging.intersection(received)
+            self.well = (self.well - lagging) | arrived
+            self._left = (self._left - lagging) | (lagging - arrived)
+        return lagging & self._left
+
+    def doubt(self, lagging: frozenset[str]) -> None:
+        """Learn who may have got nothing in a step that is not traced."""
+        self.doubted = lagging - self.well - self._left
 
 
 def _is_less(clipped: float, total: float) -> bool:

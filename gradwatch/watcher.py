@@ -29,17 +29,18 @@ from torch.optim.optimizer import (
 from gradwatch import _words, explain
 from gradwatch._cost import Cost
 from gradwatch._diagnose import (
-    Finding,
     Inspection,
     not_in_optimizer,
     not_registered,
     undetermined,
 )
 from gradwatch._distributed import Exchange, Group, is_flattened
-from gradwatch._ledger import Facts, Ledger
+from gradwatch._ledger import Facts, Learned, Ledger
 from gradwatch._names import Owners, checked, innermost, is_compiled, names_of
 from gradwatch._raised import add_note
+from gradwatch._schedule import Schedule
 from gradwatch._stats import Sensor, is_deepspeed, is_hidden, is_searching, scale_left
+from gradwatch._terms import Terms
 from gradwatch._trace import has_closure
 from gradwatch.config import Config, load_config
 from gradwatch.errors import DisconnectedParameterError, GradientAlertError, GradWatchError
@@ -57,19 +58,12 @@ if TYPE_CHECKING:
 
     from gradwatch.sinks import Sink
 
-MAX_TRACES = 10
-MAX_MICRO_BATCHES = 8
 PATIENCE = 10
 """Steps without a gradient after which one that had come back is looked into again."""
-MAX_MISSED = 20
-"""Traced steps that do not count because another optimizer stepped in them."""
 MIN_SECONDS = 60.0
 """A shorter run is not told what it cost: its first step, which is traced, counts too much."""
 MAX_RARER = 16
 """How many times rarer norms may be measured at once, to keep a budget."""
-MAX_HUNT = 5
-"""Steps traced in a row to catch a gradient that is not finite now and then."""
-
 
 _log = logging.getLogger("gradwatch")
 _wants = attrgetter("requires_grad")
@@ -186,14 +180,6 @@ class Watcher:
     _said_outside = False
     _moved: frozenset[int] = frozenset()
     """Positions of the optimizers that have stepped."""
-    _used_up: frozenset[str] = frozenset()
-    """Names of those whose gradients are gone, by the user's own hand, when a step is judged."""
-    _well: frozenset[str] = frozenset()
-    """Names of those whose gradients are written less often than others, and arrive, as traced steps have shown."""
-    _left: frozenset[str] = frozenset()
-    """The same of those whose gradients are zeros that were left."""
-    _doubted: frozenset[str] = frozenset()
-    """Names of those of which the next traced step is to tell whether a gradient arrives."""
     _knows_unregistered = False
     _elsewhere: frozenset[int] = frozenset()
     """The ``id`` of what optimizers write that are not watched, until it was looked for."""
@@ -238,25 +224,16 @@ class Watcher:
         self._plain = ExitStack()
         self._is_guarded = self._in_hook = False
         self._inspection: Inspection | None = None
-        self._micro_batches = 0
-        self._traces = 0
-        self._wanted: set[str] = {"missing"} if self.config.trace == "auto" else set()
+        self._schedule = Schedule(automatic=self.config.trace == "auto")
         self._backwards = 0
-        self._hunt = 0
-        self._sought: set[str] = set()
-        """Parameters for whose sake the next step is traced."""
-        self._missed = 0
         self._scaler = scaler
         self._unshared: list[Diagnosis] = []
-        self._taken: frozenset[str] = frozenset()
-        """Names of those whose gradients an optimizer takes away within backward."""
+        self._learned = Learned()
         self._held: tuple[Report, Any] | None = None
         self._stepped = False
         self._written: frozenset[str] = frozenset()
         self._last: tuple[int, int] | None = None
-        self._terms: dict[str, tuple[str, ...]] = {}
-        self._dead_terms: dict[str, str] = {}
-        self._said_terms: set[str] = set()
+        self._terms = Terms()
         self._judge: Judge | None = None
 
     @property
@@ -423,7 +400,8 @@ class Watcher:
             >>> watcher.report.terms
             {'fit': ('weight', 'bias'), 'penalty': ()}
         """
-        self._know_terms(terms, meant=True)
+        if self._inspection is not None:
+            self._terms.learn(terms, self._inspection, meant=True)
 
     @_harmless
     def known_terms(self, found: Any) -> None:
@@ -438,44 +416,15 @@ class Watcher:
                 for name, value in found.items()
                 if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
             }
-            self._know_terms({n: v for n, v in scalars.items() if n != "loss"}, meant=False)
-
-    def _know_terms(self, terms: Mapping[str, Any], *, meant: bool) -> None:
-        inspection = self._inspection
-        if inspection is None:
-            return
-        with inspection.trace.paused():
-            for name, term in terms.items():
-                cut = None
-                if isinstance(term, Tensor):
-                    reach = inspection.reach(term)
-                    if not (meant or reach.in_loss):
-                        continue
-                    self._terms[name], cut = reach.parameters, reach.cut
-                else:
-                    self._terms[name] = ()
-                if not self._terms[name] and name not in self._dead_terms:
-                    self._dead_terms[name] = _words.term_reaches_nothing(name, *_place_of(cut))
-
-    def _term_alerts(self, step: int) -> tuple[Alert, ...]:
-        """Return what is to be said of terms that reach nothing, once."""
-        new = [text for text in self._dead_terms.values() if text not in self._said_terms]
-        self._said_terms.update(new)
-        return tuple(
-            Alert("loss_terms", Action.WARN, (), None, None, 1, step, message=text) for text in new
-        )
+            scalars.pop("loss", None)
+            self._terms.learn(scalars, self._inspection, meant=False)
 
     def _say_terms(self) -> None:
         """Report the terms that were learned of when the step had been judged."""
-        if self.report.terms == self._terms and self._said_terms.issuperset(
-            self._dead_terms.values()
-        ):
-            return
-        report = replace(self.report, terms=dict(self._terms))
-        alerts = self._term_alerts(report.step)
-        if alerts:
-            self._write(replace(report, alerts=(*report.alerts, *alerts)))
-        self.report = report
+        before, self.report = self.report, self._terms.added_to(self.report)
+        if self.report.alerts != before.alerts:
+            self._write(self.report)
+            self.report = replace(self.report, alerts=before.alerts)
 
     @_harmless
     def settle(self) -> None:
@@ -543,7 +492,7 @@ class Watcher:
         self._compiled = compiled or is_compiled(self._model)
         if self._compiled:
             # Eager kernels round otherwise and draw other dropout masks: not without need.
-            self._wanted.clear()
+            self._schedule.forget()
         if self._writes:
             self._sinks = standard_sinks(
                 tuple(self._names.parameters),
@@ -578,20 +527,17 @@ class Watcher:
             self._finish_batch()
         self._cost.begin_batch()
         self._written = frozenset()
-        if self._inspection is None and self._wanted and self._traces < MAX_TRACES:
+        if self._inspection is None and self._schedule.is_due:
             self._look_at_model()
-            if self._compiled and not self._traces:
+            if self._compiled and not self._schedule.traces:
                 _log.warning(
                     "the model is compiled, and is run without compilation for this step, to find "
                     "the cause of what is wrong; `trace: never` in the configuration prevents it"
                 )
-            self._traces += 1
-            self._micro_batches = 0
-            sizes = "sizes" in self._wanted or self._traces == 1
-            self._wanted.clear()
-            self._inspection = Inspection(self._names.parameters, self._names.modules, sizes=sizes)
-        if self._inspection is not None and self._micro_batches < MAX_MICRO_BATCHES:
-            self._micro_batches += 1
+            self._inspection = Inspection(
+                self._names.parameters, self._names.modules, sizes=self._schedule.begin()
+            )
+        if self._inspection is not None and self._schedule.takes_batch():
             self._inspection.start()
 
     @_harmless
@@ -718,7 +664,7 @@ class Watcher:
             self._judged_for = None
             if self._touched and not self._sensor.is_as_told():
                 self._late = True
-                self._wanted |= {"missing"} if self.config.trace == "auto" else set()
+                self._schedule.want()
         self._hand_on(optimizer)
 
     def _judge_due(self, optimizer: Any, step: int | None) -> None:
@@ -755,7 +701,7 @@ class Watcher:
         if self._due is not None:  # its optimizer did not step, or is another one than was said
             self._judge_due(*self._due)
         self._cost.end_batch(traced=self._inspection is not None)
-        if self._terms:
+        if self._terms.reached:
             self._say_terms()
         if self._inspection is not None:
             self._inspection.leave()
@@ -763,7 +709,7 @@ class Watcher:
                 self._inspection.stop()
                 self._find_unregistered(self._inspection)
                 self._inspection = None
-                self._look_again()
+                self._schedule.end(self._written)
         self._hand_on()
         if self._stepped:
             logged = self._is_logged
@@ -801,21 +747,12 @@ class Watcher:
             self._every *= min(max(math.ceil(share / budget), 2), MAX_RARER)
             _log.warning(_words.over_budget(share, budget, self._every))
 
-    def _look_again(self) -> None:
-        """Trace one more step where another optimizer than the sought parameters' has stepped."""
-        if self._sought and self._sought.isdisjoint(self._written) and self._missed < MAX_MISSED:
-            self._missed += 1
-            self._traces -= 1
-            self._wanted.add("missing")
-        else:
-            self._sought.clear()
-
     @_harmless_always
     def interrupted(self, error: BaseException) -> None:
         """Clean up after an exception of the user's, and add a note on its cause where one is known."""
         inspection = self._stop_inspection()
-        if inspection is not None and not self._stepped and self.config.trace == "auto":
-            self._wanted.add("missing")  # a loop that goes on is traced again: nothing was judged
+        if inspection is not None and not self._stepped:
+            self._schedule.want()  # a loop that goes on is traced again: nothing was judged
         if isinstance(error, Exception) and not isinstance(error, GradWatchError):
             add_note(error, inspection, self._model, self._ledger.holding)
 
@@ -909,7 +846,11 @@ class Watcher:
 
     def _judged(self, covered: tuple[str, ...], optimizer: Any) -> Report | None:
         """Return the report of a step, None where there is nothing to say."""
-        if self._is_quiet() and not self._sensor.missing() and self._sensor.lagging <= self._well:
+        if (
+            self._is_quiet()
+            and not self._sensor.missing()
+            and self._sensor.lagging <= self._learned.well
+        ):
             return None
         # What is computed here is no part of the user's program.
         with nullcontext() if self._inspection is None else self._inspection.trace.paused():
@@ -922,7 +863,7 @@ class Watcher:
             self._is_logged
             or self._inspection is not None
             or self._group is not None
-            or self._hunt
+            or self._schedule.hunting
             or self._judge.counts
             or self._ledger.is_open
             or (self._owners.known and not self._ledger.knows_orphans)
@@ -971,7 +912,7 @@ class Watcher:
             self._unshared += found
         self._ledger.add(found)
         self._plan(facts)
-        alerts += self._term_alerts(self._steps)
+        alerts += self._terms.alerts(self._steps)
         tells = bool(logged or alerts or healed or found)
         if not (tells or self._inspection is not None):
             return None
@@ -988,7 +929,7 @@ class Watcher:
             alerts=alerts,
             batch=self._batches,
             cost=self._cost.share,
-            terms=dict(self._terms),
+            terms=dict(self._terms.reached),
         )
         if not tells:  # it is for whoever asks, and no news
             self.report = report
@@ -1047,16 +988,15 @@ class Watcher:
             chosen = frozenset(covered)
             absent = [name for name in absent if name in chosen]
         if self._inspection is not None:
-            if self._inspection.unseen - self._taken:
-                _log.warning(_words.TAKEN_AWAY)
-            self._taken |= self._inspection.unseen
+            self._learned.note_taken(self._inspection.unseen)
             emptied = self._inspection.cleared
             absent += [name for name in covered if name in emptied and name not in absent]
             if absent and not self._optimizers:
-                self._note_by_hand(self._inspection.by_hand.intersection(absent))
+                self._learned.note_by_hand(self._inspection.by_hand.intersection(absent))
         absent += self._left_at_zero(covered, absent)
-        hidden = {name for name in absent if name in self._taken or is_hidden(parameters[name])}
-        hidden |= self._used_up.intersection(covered)
+        taken = self._learned.taken
+        hidden = {name for name in absent if name in taken or is_hidden(parameters[name])}
+        hidden |= self._learned.used_up.intersection(covered)
         return Facts(
             missing=[name for name in absent if name not in hidden],
             frozen=lambda: self._frozen(covered),
@@ -1073,22 +1013,15 @@ class Watcher:
         return [name for name in covered if name in names]
 
     def _left_at_zero(self, covered: tuple[str, ...], absent: Sequence[str]) -> list[str]:
-        """Return those whose gradients are zeros of ``zero_grad`` that nothing was added to, as traced steps have shown."""
+        """Return those whose gradients are zeros of ``zero_grad`` that nothing was added to."""
         lagging = self._sensor.lagging.intersection(covered).difference(absent)
-        if self._inspection is None:
-            self._doubted = lagging - self._well - self._left
-        elif self._micro_batches < MAX_MICRO_BATCHES:  # else not every backward pass was seen
-            received = lagging & self._inspection.received
-            self._well = (self._well - lagging) | received
-            self._left = (self._left - lagging) | (lagging - received)
-        left = lagging & self._left
+        inspection = self._inspection
+        if inspection is None:
+            self._learned.doubt(lagging)
+        whole = inspection is not None and self._schedule.saw_all
+        received = inspection.received if inspection is not None and whole else None
+        left = self._learned.left_at_zero(lagging, received)
         return [name for name in covered if name in left] if left else []
-
-    def _note_by_hand(self, names: frozenset[str]) -> None:
-        """Learn whose gradients the user's program uses up itself, before the step ends."""
-        if names and not self._used_up:
-            _log.warning(_words.BY_HAND)
-        self._used_up |= names
 
     def _frozen(self, covered: tuple[str, ...]) -> list[str]:
         """Return those that want no gradient; nearly always that is nobody, or always the same."""
@@ -1124,7 +1057,7 @@ class Watcher:
             # The first NaN is the one to mend: it spreads through the weights to all others.
             open_ = {n: s for n, s in open_.items() if s is not Status.NONFINITE}
         if self._inspection is not None:
-            late = Status.ZERO if self._traces == 1 else None
+            late = Status.ZERO if self._schedule.is_first else None
             if not self._inspection.sizes:
                 open_ = {n: status for n, status in open_.items() if status is Status.MISSING}
             # Zeros of the first step are often the start of things (LoRA's A, say): they wait.
@@ -1151,23 +1084,13 @@ class Watcher:
 
     def _plan(self, facts: Facts) -> None:
         """Trace the next step when something is wrong that has no diagnosis yet."""
-        if self.config.trace == "never":
-            return
-        if self._doubted:
-            self._wanted.add("missing")
-            self._doubted = frozenset()
-        for name in self._unexplained(facts):
-            self._sought.add(name)
-            if facts.statuses[name] is Status.NONFINITE:
-                self._hunt = MAX_HUNT
-            missing = facts.statuses[name] is Status.MISSING
-            self._wanted.add("missing" if missing else "sizes")
-        if self._hunt and any(d.cause is Cause.NONFINITE_GRADIENT for d in self._ledger.holding):
-            self._hunt = 0  # caught
-        elif self._hunt:
-            # NaN often comes and goes: the next steps are traced until it comes again.
-            self._hunt -= 1
-            self._wanted.add("sizes")
+        if self._learned.doubted:
+            self._schedule.want()
+            self._learned.doubted = frozenset()
+        unexplained = {name: facts.statuses[name] for name in self._unexplained(facts)}
+        holding = self._ledger.holding
+        caught = any(d.cause is Cause.NONFINITE_GRADIENT for d in holding)
+        self._schedule.plan(unexplained, caught=caught)
 
     def _deliver(self, report: Report, optimizer: Any) -> None:
         self.report = report
@@ -1204,13 +1127,6 @@ class Watcher:
         if not self._in_hook:  # torch walks over its hooks now, and none may be taken away
             self._end()
         _log.warning(_words.SWITCHED_OFF, exc_info=error)
-
-
-def _place_of(cut: Finding | None) -> tuple[str | None, str | None]:
-    """Return the cause and the place of a cut, as words."""
-    if cut is None or cut.site is None:
-        return None, None
-    return str(cut.cause), _words.place(cut.site)
 
 
 def _tensors_of(optimizer: Any) -> set[int]:

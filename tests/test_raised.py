@@ -2518,7 +2518,7 @@ def test_an_error_of_a_step_that_was_not_traced_is_explained_from_the_model():
         Watcher(model, optimizers=[optimizer]) as watcher,
         pytest.raises(RuntimeError, match="second time") as caught,
     ):
-        watcher._wanted.clear()
+        watcher._schedule.forget()
         for _ in range(2):
             with watcher.step():
                 model.run(torch.ones(4, 3))

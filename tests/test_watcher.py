@@ -142,7 +142,7 @@ class Run:
 
     @property
     def traced(self) -> int:
-        return self.watcher._traces
+        return self.watcher._schedule.traces
 
 
 def found(diagnoses: tuple[Diagnosis, ...]) -> list[tuple[Cause, tuple[str, ...]]]:
@@ -651,7 +651,7 @@ def test_parameters_in_no_optimizer_are_said_once_with_several():
                     model.zero_grad()
 
     assert found(watcher.diagnoses) == [(Cause.NOT_IN_OPTIMIZER, (a("orphan"),))]
-    assert watcher._traces == 1
+    assert watcher._schedule.traces == 1
 
 
 def test_frozen_and_meant_parameters_outside_are_not_named():
