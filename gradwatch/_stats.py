@@ -44,7 +44,7 @@ class Sensor:
 
     Cost:
         Two passes over ``.grad`` for each step, in C, 0.1 microseconds a parameter each; weak references
-        and versions are taken only where a gradient was held before. No kernel, no synchronization, and
+        and versions are taken only where a gradient was held before, and of a few where all are replaced. No kernel, no synchronization, and
         no gradient is kept alive.
     """
 
@@ -68,6 +68,12 @@ class Sensor:
         self._clears = False
         """Whether the user's loop leaves no gradient behind at the end of a step."""
         self._lagging: frozenset[int] = frozenset()
+        self._renewals = 0
+        """Steps in a row in which every gradient that was held before was replaced by another object."""
+        self._renews: bool | None = None
+        """Whether that was so when it was looked at last; None where nothing was held."""
+        self._samples: list[tuple[int, Callable[[], Tensor | None]]] = []
+        """Where these are so many that a few tell: positions of some, and what was held there before."""
 
     @cached_property
     def dtype(self) -> torch.dtype | None:
@@ -118,10 +124,16 @@ class Sensor:
         self._parameters = (*self._parameters, *parameters.values())
         self._everyone = frozenset(range(len(self.names)))
         self._pattern = _Pattern((), self._everyone, (), ())
+        self._renewals = 0
         vars(self).pop("dtype", None)
 
-    def before(self) -> None:
-        """Note what is there when a backward pass begins."""
+    def before(self, *, whole: bool = True) -> None:
+        """Note what is there when a backward pass begins.
+
+        Args:
+            whole: Whether to note it of every parameter, also where a few would tell.
+        """
+        self._samples = []
         if self._clears and self._held is self._first is None:
             # The step before left nothing; what came in between is applied with this step's.
             self._held = self._first = _NOTHING
@@ -130,6 +142,11 @@ class Sensor:
         if len(self._arrived) == len(self.names) and not self._each:
             self._held = None  # nothing is left to be found out
             return
+        if not whole and self._renewals >= _ENOUGH and self._first is None:
+            self._samples = self._sampled()
+            if self._samples:
+                self._held = self._first = _NOTHING
+                return
         self._held = _Held.of(self._gradients())
         self._first = self._first or self._held
 
@@ -151,10 +168,16 @@ class Sensor:
             again: Whether that is the second time since ``settle()``.
         """
         self.restart(names)
+        if self._renews is not None:
+            self._renewals = self._renewals + 1 if self._renews else 0
         self._clears = self._clears and not again
         if self._clears:
             # What is there will be gone at the end; what is not counts as new, should it not be.
             self._held = self._first = _NOTHING
+        elif self._renewals >= _ENOUGH and not again and len(names) == len(self.names):
+            self._held = self._first = (
+                None  # what is there will be replaced after the next step begins
+            )
         else:
             self.before()
 
@@ -174,7 +197,7 @@ class Sensor:
             self._arrived = self._sure
         else:
             self._arrived = (self._arrived - chosen) | (self._sure & chosen)
-        self._held, self._is_over, self._first = None, False, None
+        self._held, self._is_over, self._first, self._renews = None, False, None, None
 
     def missing(self) -> list[str]:
         """Return the names of those that want a gradient and have none of this step."""
@@ -233,9 +256,25 @@ class Sensor:
             replaced = there & held.replaced(gradients)
             self._latest = replaced | (there & held.moved(gradients))
             self._lagging = held.lagging(gradients) & there - replaced
+            self._renews = replaced == there
+        elif self._samples:
+            self._renews = all(ref() is not self._parameters[at].grad for at, ref in self._samples)
+            self._samples = []
         self._arrived = self._joined(self._arrived, self._latest)
         self._sure = self._joined(self._sure, replaced)
         self._held, self._is_over = None, False
+
+    def _sampled(self) -> list[tuple[int, Callable[[], Tensor | None]]]:
+        """Return a few of the gradients that are held, spread over all parameters.
+
+        NOTE [Samples] A loop that empties its gradients when a step begins holds them all until then, and to
+        look at each of them twice costs eight times as much as to see that none is None. In such a loop what gets
+        no gradient has None: that an old one is still there means that the loop has ceased to empty them. A few
+        show that, so that all are looked at from the next step on; the whole look of logged steps shows single ones.
+        """
+        places = range(0, len(self.names), max(len(self.names) // _SAMPLES, 1))
+        held = ((place, self._parameters[place].grad) for place in (*places, len(self.names) - 1))
+        return [(at, weakref.ref(g)) for at, g in held if g is not None]
 
     # A set of a thousand costs more to join or to compare than all gradients to look at, and nearly always
     # it is the set of everyone, or empty.
@@ -330,6 +369,9 @@ class _Held(NamedTuple):
 
 _AGAIN = 2
 """Writes of which the first may have been ``zero_grad``'s."""
+_ENOUGH = 3
+"""Steps after which a loop is taken for one that replaces its gradients."""
+_SAMPLES = 16
 _NOTHING = _Held([], [])
 _grad, _wants = attrgetter("grad"), attrgetter("requires_grad")
 _dtype = attrgetter("dtype")

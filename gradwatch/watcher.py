@@ -543,7 +543,7 @@ class Watcher:
     @_harmless
     def before_backward(self) -> None:
         """Note that a backward pass is about to begin."""
-        self._sensor.before()
+        self._sensor.before(whole=self._is_logged or self._inspection is not None)
 
     @_harmless
     def after_backward(self, *, seen: bool = True) -> None:

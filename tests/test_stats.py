@@ -170,6 +170,63 @@ def test_sensor_keeps_no_gradient_alive():
     assert gradient() is None
 
 
+def steady(sensor, parameters):
+    """Run steps that replace every gradient, until the sensor looks at a few of them alone."""
+    for _ in range(5):
+        in_a_step(sensor, parameters, {name: torch.ones(1) for name in parameters})
+
+
+def in_a_step(sensor, parameters, gradients, *, whole=False):
+    """Run a step after which these gradients are there; return who is missing."""
+    sensor.before(whole=whole)
+    for name, parameter in parameters.items():
+        parameter.grad = gradients.get(name)
+    sensor.after()
+    missing = sensor.missing()
+    sensor.judged(tuple(parameters), again=False)
+    sensor.settle(tuple(parameters))
+    return missing
+
+
+def test_in_a_loop_that_replaces_gradients_one_that_is_none_is_missing_at_once():
+    """Where a few old gradients are looked at in place of all, each step still tells who has none."""
+    parameters = {f"p{n}": nn.Parameter(torch.ones(1)) for n in range(100)}
+    sensor = Sensor(parameters)
+    steady(sensor, parameters)
+
+    fresh = {name: torch.ones(1) for name in parameters if name != "p17"}
+    assert in_a_step(sensor, parameters, fresh) == ["p17"]
+    assert in_a_step(sensor, parameters, {n: torch.ones(1) for n in parameters}) == []
+
+
+def test_a_loop_that_ceases_to_empty_its_gradients_is_seen_through_a_few_of_them():
+    """When old gradients stay, the few show it, and from the next step on all are told."""
+    parameters = {f"p{n}": nn.Parameter(torch.ones(1)) for n in range(100)}
+    sensor = Sensor(parameters)
+    steady(sensor, parameters)
+
+    def kept():
+        return {name: parameter.grad for name, parameter in parameters.items()}
+
+    assert in_a_step(sensor, parameters, kept()) == []
+    assert in_a_step(sensor, parameters, kept()) == list(parameters)
+
+
+def test_one_old_gradient_among_new_ones_is_seen_in_a_whole_look():
+    """A single gradient that is not emptied any more is told when a step is logged, and from then on."""
+    parameters = {f"p{n}": nn.Parameter(torch.ones(1)) for n in range(100)}
+    sensor = Sensor(parameters)
+    steady(sensor, parameters)
+
+    def all_but_one():
+        fresh = {name: torch.ones(1) for name in parameters}
+        return fresh | {"p17": parameters["p17"].grad}
+
+    assert in_a_step(sensor, parameters, all_but_one()) == []
+    assert in_a_step(sensor, parameters, all_but_one(), whole=True) == ["p17"]
+    assert in_a_step(sensor, parameters, all_but_one()) == ["p17"]
+
+
 def test_after_without_before_changes_nothing():
     """An end of a backward whose beginning was not seen says nothing."""
     ps = with_stale_gradients(leaves("a"))
