@@ -106,17 +106,17 @@ class Way:
         self.stack = ExitStack()
 
     def step(self) -> None:
-        """Run one step."""
+        """Run one step, in the order that most loops have."""
+        self.optimizer.zero_grad()
         torch.autograd.backward(self.model())
         self.watch()
         self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def bare(self) -> None:
         """Run one step that nothing watches."""
+        self.optimizer.zero_grad()
         torch.autograd.backward(self.model())
         self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def watch(self) -> None:
         """Look at the gradients."""
@@ -224,10 +224,10 @@ class Torchlens(Way):
         self.stack.callback(self.session.detach)
 
     def step(self) -> None:
+        self.optimizer.zero_grad()
         torch.autograd.backward(self.model())
         self.optimizer.step()
         self.session.step()
-        self.optimizer.zero_grad()
 
 
 class Watched(Way):
