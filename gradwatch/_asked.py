@@ -13,6 +13,8 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from gradwatch import _frames, _source, _statements, _words, explain
 from gradwatch._calls import Kind, Wrapper
 from gradwatch._failure import (
@@ -44,8 +46,6 @@ from gradwatch.report import Site, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-
-    import torch
 
     from gradwatch._failure import Find
     from gradwatch._record import Backward, Op
@@ -178,6 +178,70 @@ def asked_for_nothing(raised: Raised) -> str | None:
     own = None if made is None else role_of("made here", statement(made))
     said = [_words.error_note("asked_for_nothing", listed(own, *map(at, places)))]
     return "\n\n".join([*said, *filter(None, [frozen_ones(raised.model)])])
+
+
+def in_double(raised: Raised) -> str | None:
+    """Explain a backward that meets float64 by what was made of numbers, which NumPy keeps in float64.
+
+    Of several places one is chosen only where a result on the way is in float64, and not what it was computed from.
+    """
+    last = last_of_user(raised.error)
+    nodes = _nodes_behind(begun_at(raised.error))
+    ops = {node: raised.trace.ops[tag] for node, tag in _tags(nodes, raised.trace.tag)}
+    met = next((op for node, op in ops.items() if _turns_double(node)), None)
+    for behind in ([] if met is None else [met], list(ops.values())):
+        origins = {op.place: op for each in behind for op in _origins(raised, each)}
+        made = [place for place, op in origins.items() if op.name in _FROM_NUMBERS]
+        if len(made) == 1:
+            came = role_of("in float64 from here on", at(made[0]))
+            where = at(last) if met is None else at(met.place)
+            return _words.error_note("in_double", listed(came, where))
+    return None if last is None else _words.error_note("in_double", at(last))
+
+
+_FROM_NUMBERS = frozenset(["torch.tensor", "torch.as_tensor", "torch.from_numpy", "torch.asarray"])
+
+
+def _nodes_behind(roots: Iterable[Any]) -> list[Any]:
+    """Return the nodes of a graph, those nearest the roots first."""
+    found = dict.fromkeys(node for node in roots if node is not None)
+    todo = list(found)
+    while todo:
+        above = [up for up, _ in todo.pop(0).next_functions if up is not None and up not in found]
+        found.update(dict.fromkeys(above))
+        todo += above
+    return list(found)
+
+
+def _tags(nodes: Iterable[Any], key: str) -> Iterator[tuple[Any, int]]:
+    """Yield the nodes that an operation of the trace has made, with its number."""
+    for node in nodes:
+        tag = node.metadata.get(key)
+        if tag is not None:
+            yield node, tag
+
+
+def _turns_double(node: Any) -> bool:
+    """Tell whether a node made float64 of what is in float32."""
+    results = [result_of(up) for up, _ in node.next_functions if up is not None]
+    types = {made[1] for made in results if made is not None}
+    own = result_of(node)
+    return own is not None and own[1] is torch.float64 and types == {torch.float32}
+
+
+def _origins(raised: Raised, op: Op) -> list[Op]:
+    """Return the operations without an input from which the values without a history come that one reads."""
+    values = raised.trace.values
+    seen, todo = set[int](), [number for number in op.inputs if not values[number].tracked]
+    found: list[Op] = []
+    while todo:
+        number = todo.pop()
+        made = raised.maker_of(number)
+        if number not in seen and made is not None:
+            seen.add(number)
+            todo += [n for n in made.inputs if not values[n].tracked]
+            found += [] if made.inputs else [made]
+    return found
 
 
 def not_in_graph(raised: Raised) -> str | None:
@@ -465,7 +529,16 @@ def array_of_a_leaf(raised: Raised) -> str | None:
     of_input = failed is not None and not _has_parameters(raised, failed.read)
     asked = [statement(calls[0])] if of_input and len(calls) == 1 else []
     places = [at(place) for place in failing_places(raised)]
-    return _words.error_note("numpy", listed(*asked, *places)) if places else None
+    kept = [] if failed is None else _collected(raised, failed.read)
+    return _words.error_note("numpy", listed(*asked, *kept, *places)) if places else None
+
+
+def _collected(raised: Raised, numbers: Iterable[int]) -> list[str | None]:
+    """Return where values were put into a container, after the line that made them."""
+    makers = [op for number in numbers if (op := raised.maker_of(number)) is not None]
+    made = [raised.trace.outlived.get(op.index) or op.place for op in makers]
+    kept = [s for place in made if place is not None for s in _statements.kept_after(place[:2])]
+    return [role_of("kept with its history", statement(s)) for s in kept[:1]]
 
 
 def _has_parameters(raised: Raised, numbers: Iterable[int]) -> bool:
@@ -488,6 +561,14 @@ def leaf_in_place(raised: Raised) -> str | None:
     layer = local_owner(raised.error, "self")
     made = made_in_place(raised, layer)
     return _words.error_note("leaf_in_place", listed(made, *places)) if places else None
+
+
+def in_place_in_vmap(raised: Raised) -> str | None:
+    """Explain a write under ``vmap`` into what all samples share by what made that."""
+    last = last_of_user(raised.error)
+    made = None if last is None else _statements.written_into(last[:2])
+    own = None if made is None else role_of("shared by all samples", statement(made))
+    return None if last is None else _words.error_note("in_place_in_vmap", listed(own, at(last)))
 
 
 def norm_in_vmap(raised: Raised) -> str | None:

@@ -92,7 +92,7 @@ class Raised:
             if frozen is not None:
                 return frozen
             if any(trace.values[n].tracked for n in op.inputs):
-                return listed(at(op.place), self.switched_off(op))
+                return listed(at(op.place), at(op.inner), self.switched_off(op))
             todo.extend(op.inputs)
         return None
 
@@ -247,11 +247,13 @@ def made_in_place(raised: Raised, layer: Any) -> str | None:
 def layer_made_at(model: torch.nn.Module, layer: Any) -> str | None:
     """Return the statement that put a layer into a model, or what the layer is in."""
     path = next((path for path, module in model.named_modules() if module is layer), "")
+    inside: list[str] = []
     while path:
         path, _, name = path.rpartition(".")
         made = _statements.keepings(type(model.get_submodule(path)), name)
         if made:
-            return statement(made[0])
+            return statement(_statements.element_of(made[0], inside))
+        inside.insert(0, name)
     return None
 
 

@@ -19,9 +19,19 @@ from torch.autograd.function import BackwardCFunction
 
 from gradwatch import _source, _statements, _words
 from gradwatch._calls import Wrapper
-from gradwatch._failure import Raised, at, entries, last_of_user, listed, role_of, statement
+from gradwatch._failure import (
+    Raised,
+    at,
+    entries,
+    in_nearest_file,
+    last_of_user,
+    listed,
+    role_of,
+    statement,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from types import CodeType
 
     from gradwatch._failure import Find
@@ -34,8 +44,7 @@ def in_function(kind: str) -> Find:
         named = re.search(r"[Ff]unction (\w+) returned", raised.message)
         ops = raised.trace.ops
         if named is None:
-            called = [op for op in ops if op.wrapper is Wrapper.CUSTOM_FUNCTION]
-            return _words.error_note(kind, at(called[-1].place)) if called else None
+            return None
         found = re.search(r"at index (\d+)", raised.message)
         index = None if found is None else int(found[1])
         own = _return_of(_named(named[1].removesuffix("Backward")), index)
@@ -45,6 +54,23 @@ def in_function(kind: str) -> Find:
         return None if own is None else _words.error_note(kind, own)
 
     return find
+
+
+def once_differentiable(raised: Raised) -> str | None:
+    """Explain a Function that may be differentiated once by its call, and its mark where one alone has it."""
+    ops = [op for op in raised.trace.ops if op.wrapper is Wrapper.CUSTOM_FUNCTION]
+    call = at(ops[-1].place) if ops else None
+    codes = [code for cls in _functions() if (code := _method(cls, "backward")) is not None]
+    marks = in_nearest_file(raised, lambda file: _marks_in(file, codes))
+    marked = statement(marks[0]) if len(marks) == 1 else None
+    places = listed(marked, call)
+    return None if places is None else _words.error_note("once_differentiable", places)
+
+
+def _marks_in(file: str, codes: Iterable[CodeType]) -> list[_source.Statement]:
+    own = [code for code in codes if code.co_filename == file]
+    marks = (_statements.decorator(code, "once_differentiable") for code in own)
+    return list(dict.fromkeys(mark for mark in marks if mark is not None))
 
 
 def no_tensor_for_a_gradient(raised: Raised) -> str | None:
@@ -132,14 +158,19 @@ def _function_of(error: Exception) -> type | None:
     return None
 
 
-def _named(name: str) -> type | None:
-    """Return the only Function of a name; of one that was defined again, as in a notebook, the last."""
+def _functions() -> list[type]:
+    """Return every Function, of those of one name the one that was defined last at first."""
     todo, found = [Function], list[type]()
     while todo:
         cls = todo.pop()
         todo.extend(cls.__subclasses__())
-        if cls.__name__ == name:
-            found.append(cls)
+        found.append(cls)
+    return found[1:]
+
+
+def _named(name: str) -> type | None:
+    """Return the only Function of a name; of one that was defined again, as in a notebook, the last."""
+    found = [cls for cls in _functions() if cls.__name__ == name]
     return found[0] if len({(cls.__module__, cls.__qualname__) for cls in found}) == 1 else None
 
 
@@ -166,5 +197,8 @@ def _return_of(cls: type | None, index: int | None) -> str | None:
     """Return what the ``backward`` of a Function returns, and where the one at an index is computed."""
     code = None if cls is None else _method(cls, "backward")
     returned = [] if code is None else _statements.returned(code, index)
+    head = None if code is None or returned else _statements.head(code)
+    if head is not None:
+        return role_of("returns nothing", statement(head))
     roles = ["returned here", "computed here"]
     return listed(*(role_of(role, statement(s)) for role, s in zip(roles, returned, strict=False)))

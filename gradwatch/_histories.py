@@ -112,26 +112,41 @@ def no_history(raised: Raised) -> str | None:
         cut = raised.cut_of(asked.roots)
         if cut is not None:
             return _words.error_note("output_without_history", listed(cut, at(asked.place)))
-    inspection = raised.inspection
-    parameters = inspection.parameters
+    parameters = raised.inspection.parameters
     wanting = [name for name, parameter in parameters.items() if parameter.requires_grad]
     if not wanting:
         return all_frozen(raised.model, raised.trace)
-    found = inspection.diagnose(dict.fromkeys(wanting, Status.MISSING), 0)
-    if not found:
-        return None
+    found = raised.inspection.diagnose(dict.fromkeys(wanting, Status.MISSING), 0)
     # What was frozen on purpose is seldom what is wrong, and another parameter may have been frozen by mistake.
     told = sorted(found, key=lambda d: (d.site is None, d.cause is Cause.FROZEN))[:1]
+    return _computed_off(raised, told) or _told(raised, told) if told else None
+
+
+def _told(raised: Raised, told: list[Diagnosis]) -> str:
+    """Explain a loss without a history by the diagnosis of a parameter that should have reached it."""
     asked = raised.asked
     makers = [raised.maker_of(root) for root in ([] if asked is None else asked.roots)]
     loss = next((at(op.place) for op in makers if op is not None), None)
     fresh = role_of("all that the loss is computed from", listed(*map(at, _sources(raised))))
     said = [
         _words.error_note("no_history", listed(role_of("the loss", loss), fresh)),
-        *(explain.render(d, tuple(parameters)) for d in told),
+        *(explain.render(d, tuple(raised.inspection.parameters)) for d in told),
     ]
     more = (_switched_over(raised.model, told), _frozen_on_the_way(raised))
     return "\n\n".join([*said, *(part for part in more if part)])
+
+
+def _computed_off(raised: Raised, told: list[Diagnosis]) -> str | None:
+    """Explain a loss that was computed while gradients were off, where no diagnosis says so."""
+    asked = raised.asked
+    if asked is None or told[0].cause is Cause.NO_GRAD:
+        return None
+    made = [op for root in asked.roots if (op := raised.maker_of(root)) is not None]
+    op = next((op for op in made if not op.grad_mode), None)
+    switch = None if op is None else raised.switched_off(op)
+    if op is None or switch is None:
+        return None
+    return _words.error_note("computed_off", listed(switch, at(op.place), at(asked.place)))
 
 
 def _switched_over(model: nn.Module, told: Iterable[Diagnosis]) -> str | None:
@@ -290,7 +305,8 @@ def _shared(trace: Trace) -> tuple[str | None, str | None]:
     if taken is None or taken.place is None:
         return listed(role_of("computed once, used by both", _given_to(last.place)), call), None
     named = _statements.outer_assignment(taken.place[:2])
-    once = listed(None if named is None else statement(named), _given_to(last.place))
+    own = _given_to(last.place, besides=taken.place)
+    once = listed(None if named is None else statement(named), own)
     earlier = trace.backwards[-2].place
     # Where a helper's line is, the call of the helper before the earlier pass tells more.
     calls = (
@@ -311,10 +327,19 @@ def _used_again(trace: Trace, root: Op, later: set[int]) -> str | None:
     return None if again is None else role_of("the earlier loss goes in here", at(again.place))
 
 
-def _given_to(place: _frames.Place | None) -> str | None:
-    """Return a place, and before it the only call of a function that computes from its arguments alone there."""
-    chosen = place is not None and _source.is_of_arguments(place[:2])
-    call = _statements.only_call(place.code) if place is not None and chosen else None
+def _given_to(place: _frames.Place | None, besides: _frames.Place | None = None) -> str | None:
+    """Return a place, and before it the only call of a function that computes from its arguments alone.
+
+    Args:
+        place: The place.
+        besides: A place in another function, whose calls do not count.
+    """
+    code = None if place is None else place.code
+    plain = code is not None and not code.co_freevars and code.co_varnames[:1] != ("self",)
+    chosen = place is not None and (plain or _source.is_of_arguments(place[:2]))
+    other = None if besides is None else besides[:2]
+    calls = [] if code is None or not chosen else [(code, None), (code, other)]
+    call = next(filter(None, (_statements.only_call(*asked) for asked in calls)), None)
     return listed(None if call is None else statement(call), at(place))
 
 

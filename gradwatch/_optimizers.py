@@ -23,6 +23,7 @@ from gradwatch._failure import (
     layer_made_at,
     listed,
     local_owner,
+    role_of,
     statement,
 )
 from gradwatch.report import Status
@@ -40,6 +41,14 @@ def not_finite(raised: Raised) -> str | None:
     said = [explain.render(diagnosis, tuple(parameters)) for diagnosis in found[:1]]
     last = at(last_of_user(raised.error))
     return "\n\n".join([_words.error_note("not_finite", last), *said]) if said else None
+
+
+def unscaled_twice(raised: Raised) -> str | None:
+    """Explain a second ``unscale_()`` by where the function is left without the update of the scaler."""
+    last = last_of_user(raised.error)
+    left = [] if last is None else _statements.leaving_before(last[:2], "update")
+    leaving = [role_of("leaves without `scaler.update()`", statement(s)) for s in left[:2]]
+    return None if last is None else _words.error_note("unscaled_twice", listed(*leaving, at(last)))
 
 
 def stepped_over_nothing(raised: Raised) -> str | None:

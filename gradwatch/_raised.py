@@ -25,6 +25,8 @@ from gradwatch._asked import (
     func_of_a_vector,
     gradients_of_another_shape,
     hook_of_a_module,
+    in_double,
+    in_place_in_vmap,
     inputs_in_a_reentrant_checkpoint,
     leaf_in_place,
     loss_made_by,
@@ -60,6 +62,7 @@ from gradwatch._functions import (
     in_function,
     no_tensor_for_a_gradient,
     not_kept,
+    once_differentiable,
     saved_otherwise,
     told_to_ctx,
     with_other_arguments,
@@ -81,6 +84,7 @@ from gradwatch._optimizers import (
     not_finite,
     sparse_gradients,
     stepped_over_nothing,
+    unscaled_twice,
 )
 from gradwatch._overwrites import behind_a_hook, overwritten, view_without_history
 from gradwatch._record import held_by, unregistered
@@ -205,11 +209,13 @@ BY_PLACE.update(
         half_parameters: "half_parameters",
         leaf_in_place: "leaf_in_place",
         random_in_vmap: "random_in_vmap",
+        unscaled_twice: "unscaled_twice",
     }
 )
 _KINDS: tuple[tuple[str, Find], ...] = (
     ("does not require grad and does not have a grad_fn", no_history),
     ("modified by an inplace operation", overwritten),
+    ("Found dtype Double but expected", in_double),
     ("Trying to backward through the graph a second time", gone_over_twice),
     ("a leaf Variable that requires grad is being used in an in-place", leaf_in_place),
     ("a view of a leaf Variable that requires grad", leaf_in_place),
@@ -266,7 +272,7 @@ _KINDS: tuple[tuple[str, Find], ...] = (
     ),
     ("Backward' object has no attribute '", not_kept),
     ("values to unpack (expected", saved_otherwise),
-    ("marked with @once_differentiable", in_function("once_differentiable")),
+    ("marked with @once_differentiable", once_differentiable),
     ("has changed the size of value", changed_by_a_hook),
     ("has changed the type of value", changed_by_a_hook),
     (
@@ -276,7 +282,7 @@ _KINDS: tuple[tuple[str, Find], ...] = (
     ("Recomputed values for the following tensors have different metadata", recomputed_otherwise),
     ("can't optimize a non-leaf Tensor", no_leaf),
     ("' as parameter '", raising("no_parameter")),
-    ("unscale_() has already been called", raising("unscaled_twice")),
+    ("unscale_() has already been called", unscaled_twice),
     ("unscale_() is being called after step()", raising("stepped_before")),
     ("step() has already been called since", raising("stepped_before")),
     ("Attempting to unscale FP16 gradients", half_parameters),
@@ -299,7 +305,7 @@ _KINDS: tuple[tuple[str, Find], ...] = (
     ("override the setup_context staticmethod", raising("no_setup_context")),
     ("none of output has requires_grad=True", nothing_in_a_checkpoint),
     ("vmap: called random operation", random_in_vmap),
-    ("vmap: inplace arithmetic", raising("in_place_in_vmap")),
+    ("vmap: inplace arithmetic", in_place_in_vmap),
     ("object has no attribute 'backward'", number_for_a_loss),
     ("'NoneType'", none_for_a_gradient),
     ("vmap: It looks like you're", raising("item_in_vmap")),

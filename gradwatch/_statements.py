@@ -44,13 +44,16 @@ _DRAWS = frozenset(
 """Methods that draw from a generator of Python's or NumPy's, which a checkpoint does not set back."""
 
 
-def only_call(code: CodeType) -> Statement | None:
-    """Return the call of a function in its file, where there is one alone."""
+def only_call(code: CodeType, besides: Step | None = None) -> Statement | None:
+    """Return the call of a function in its file, where there is one alone outside of the function around a place."""
     module = tree(code.co_filename)
+    line = None if besides is None else span(besides)
+    around = [] if line is None else _functions_around(module, line[0])
+    left_out = frozenset(ast.walk(around[-1])) if around else frozenset()
     calls = [
         node
         for node in (() if module is None else ast.walk(module))
-        if isinstance(node, ast.Call) and called(node) == code.co_name
+        if isinstance(node, ast.Call) and called(node) == code.co_name and node not in left_out
     ]
     return statements_of(code.co_filename, calls)[0] if len(calls) == 1 else None
 
@@ -128,7 +131,8 @@ def stores(step: Step) -> list[Statement]:
     given = {*code.co_varnames[: code.co_argcount]} & names - {"self"}
     for definition in [*functions, module]:
         nodes = list(own_nodes(definition))
-        if definition is module or node in nodes:
+        shared = {name for n in nodes if isinstance(n, ast.Global) for name in n.names}
+        if definition is module or node in nodes or shared & outer:
             found += [(1, False, kept) for kept in nodes if _computes(kept, outer)]
         # What a function is given was perhaps computed under the same name elsewhere.
         found += [(6, True, kept) for kept in nodes if _computes(kept, given)]
@@ -183,6 +187,27 @@ def calls_before(step: Step, name: str) -> list[Statement]:
     calls = [n for n in simple if any(_calls(inner, name) for inner in ast.walk(n))]
     found = sorted(statements_of(step[0].co_filename, calls), key=lambda call: call.line)
     return [call for call in found if call.line <= place[0]]
+
+
+def element_of(found: Statement, path: Iterable[str]) -> Statement:
+    """Return the line of an element in a call that a statement assigns: `ReLU()` of `Sequential(Linear(1, 1), ReLU())`."""
+    module = tree(found.file)
+    nodes = () if module is None else ast.walk(module)
+    node: ast.AST | None = next(
+        (n.value for n in nodes if isinstance(n, ast.Assign) and n.lineno == found.line), None
+    )
+    for name in path:
+        given = node.args if isinstance(node, ast.Call) else []
+        if len(given) == 1 and isinstance(given[0], (ast.List, ast.Tuple)):
+            given = given[0].elts
+        if not name.isdecimal() or int(name) >= len(given) or _has_stars(given):
+            return found
+        node = given[int(name)]
+    return found if node is None else statements_of(found.file, [node])[0]
+
+
+def _has_stars(given: Iterable[ast.expr]) -> bool:
+    return any(isinstance(each, ast.Starred) for each in given)
 
 
 def returned_by(found: Statement) -> list[Statement]:
@@ -376,18 +401,25 @@ _KEEP_NOTHING = frozenset(
 
 def keeping_decorators(file: str, line: int) -> list[Statement]:
     """Return the decorators of the innermost function that a line stands in, as far as they may keep its results."""
-    module = tree(file)
-    around = [
+    around = _functions_around(tree(file), line)
+    if not around:
+        return []
+    decorators = around[-1].decorator_list
+    named = {last_name(n.func if isinstance(n, ast.Call) else n): n for n in decorators}
+    return statements_of(file, [node for name, node in named.items() if name not in _KEEP_NOTHING])
+
+
+def _functions_around(
+    module: ast.Module | None, line: int
+) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Return the functions that a line is in, the innermost last."""
+    found = [
         node
         for node in (() if module is None else ast.walk(module))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         and node.lineno <= line <= (node.end_lineno or node.lineno)
     ]
-    if not around:
-        return []
-    decorators = max(around, key=lambda node: node.lineno).decorator_list
-    named = {last_name(n.func if isinstance(n, ast.Call) else n): n for n in decorators}
-    return statements_of(file, [node for name, node in named.items() if name not in _KEEP_NOTHING])
+    return sorted(found, key=lambda node: node.lineno)
 
 
 def mentions(file: str, name: str) -> list[Statement]:
@@ -581,6 +613,50 @@ def heads(cls: type) -> list[Statement]:
     """Return the first line of a class, where its file has one of its name."""
     file = file_of(cls)
     return [] if file is None else statements_of(file, class_nodes(file, cls.__qualname__))
+
+
+def decorator(code: CodeType, name: str) -> Statement | None:
+    """Return the decorator of a name above a function."""
+    inside = function(code)
+    named = isinstance(inside, (ast.FunctionDef, ast.AsyncFunctionDef))
+    above = inside.decorator_list if named else []  # type: ignore[union-attr]
+    found = statements_of(code.co_filename, [n for n in above if last_name(n) == name])
+    return found[0] if found else None
+
+
+def leaving_before(step: Step, name: str) -> list[Statement]:
+    """Return where a function is left behind an expression, and before it calls a method of some name."""
+    inside, place = function(step[0]), span(step)
+    nodes = [] if inside is None or place is None else list(own_nodes(inside))
+    last = max((n.lineno for n in nodes if _calls(n, name)), default=0)  # type: ignore[attr-defined]
+    leaving = [n for n in nodes if isinstance(n, (ast.Return, ast.Continue))]
+    return statements_of(
+        step[0].co_filename, [n for n in leaving if place and place[0] < n.lineno < last]
+    )
+
+
+def kept_after(step: Step) -> list[Statement]:
+    """Return where a function puts the name that it gives a value into a container: `losses.append(loss)`."""
+    inside, place = function(step[0]), span(step)
+    nodes = [] if inside is None or place is None else list(own_nodes(inside))
+    lines = [n for n in nodes if isinstance(n, ast.Assign) and place and n.lineno <= place[0]]
+    made = [n for n in lines if place and place[0] <= (n.end_lineno or n.lineno)]
+    names = {last_name(target) for n in made for target in n.targets} - {""}
+    fillers = [n for n in nodes if isinstance(n, ast.Call) and called(n) in FILLERS]
+    kept = [n for n in fillers if names & {last_name(arg) for arg in n.args}]
+    return statements_of(step[0].co_filename, kept)
+
+
+def written_into(step: Step) -> Statement | None:
+    """Return the statement that made what a line writes an item of: `m = zeros(2)` of `m[0] = x`."""
+    inside, place = function(step[0]), span(step)
+    nodes = [] if inside is None or place is None else list(own_nodes(inside))
+    line = place[0] if place else 0
+    writes = [n for n in nodes if isinstance(n, (ast.Assign, ast.AugAssign)) and n.lineno == line]
+    names = [root_of(target) for n in writes for target in targets_of(n)]
+    made = [node for name in names if name for node in _assigned(name, nodes, line)[-1:]]
+    found = statements_of(step[0].co_filename, made)
+    return found[0] if found else None
 
 
 def registrations(code: CodeType) -> list[Statement]:

@@ -717,6 +717,14 @@ ERRORS = {
         "a hook is registered on a tensor that has no history: it comes from here",
         "register it where gradients are on, or only `if x.requires_grad`",
     ),
+    "computed_off": (
+        "the loss is computed while gradients are off",
+        "compute it outside of `no_grad` and `inference_mode`, or under `with torch.enable_grad():`",
+    ),
+    "in_double": (
+        "a tensor in float64 meets those of the model, which are in float32",
+        "make it in float32: `torch.tensor(values, dtype=torch.float32)`, or `.float()`",
+    ),
     "output_without_history": (
         "what is differentiated here has no history: it was lost here",
         "pass `create_graph=True` where it is a derivative itself, and look for a `detach` or `no_grad`",

@@ -3240,6 +3240,221 @@ FILES = {
             scaler.unscale_(optimizer)
         """,
     ),
+    "the layer of a sequence that works in place": (
+        "modified by an inplace operation",
+        """
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.enc = nn.Linear(2, 2)
+                self.branch = nn.Sequential(
+                    nn.Identity(),
+                    nn.ReLU(inplace=True),  # <- here
+                )
+
+            def forward(self, x):
+                h = self.enc(x).sigmoid()
+                return (h * self.branch(h)).sum()
+
+        model = Net()
+
+        def step():
+            model(torch.ones(3, 2)).backward()
+        """,
+    ),
+    "the global that keeps a result": (
+        "Trying to backward through the graph a second time",
+        """
+        model = nn.Linear(2, 1)
+        CACHED = None
+
+        def forward(x):
+            global CACHED
+            if CACHED is None:
+                CACHED = model(x).exp()  # <- here
+
+        def loss():
+            return CACHED.mean()
+
+        def step():
+            for _ in range(2):
+                with diagnose(model):
+                    forward(torch.ones(1, 2))
+                    loss().backward()
+        """,
+    ),
+    "the call of a helper for what both passes use": (
+        "Trying to backward through the graph a second time",
+        """
+        model = nn.Linear(2, 2)
+
+        def gram(x):
+            x = x.flatten(1)
+            return x.T @ x
+
+        def targets(x):
+            return [gram(model(x))]  # <- here
+
+        def difference(x, wanted):
+            return sum((gram(model(x)) - each).square().sum() for each in wanted)
+
+        def step():
+            wanted = targets(torch.ones(3, 2))
+            for _ in range(2):
+                difference(torch.zeros(3, 2), wanted).backward()
+        """,
+    ),
+    "what lost its history inside of a Function": (
+        "does not require grad and does not have a grad_fn",
+        """
+        model = nn.Linear(2, 1)
+
+        class Solver(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, weight):
+                return slope(x)
+
+            @staticmethod
+            def backward(ctx, grad):
+                return grad, None
+
+        def slope(x):
+            x = x.requires_grad_(True)
+            potential = model(x)  # <- here
+            return torch.autograd.grad(potential.sum(), x, create_graph=True)[0]
+
+        def step():
+            Solver.apply(torch.ones(1, 2), model.weight).sum().backward()
+        """,
+    ),
+    "an inference mode around a copy that is trained": (
+        "does not require grad and does not have a grad_fn",
+        """
+        import copy
+
+        model = nn.Linear(2, 1)
+
+        def adapt(x):
+            tuned = copy.deepcopy(model)
+            tuned(x).mean().backward()
+
+        @torch.inference_mode()  # <- here
+        def predict(x):
+            return adapt(x)
+
+        def step():
+            predict(torch.ones(1, 2))
+        """,
+    ),
+    "the values that came in float64": (
+        "Found dtype Double but expected Float",
+        """
+        import numpy as np
+
+        model = nn.Linear(2, 1)
+
+        def returns():
+            values = torch.tensor(np.ones(3))  # <- here
+            return (values - values.mean()) / 2
+
+        def step():
+            values = model(torch.ones(3, 2)).squeeze(-1)
+            nn.functional.huber_loss(values, returns()).backward()
+        """,
+    ),
+    "the list that keeps losses with their history": (
+        "Can't call numpy() on Tensor that requires grad",
+        """
+        import numpy as np
+
+        model = nn.Linear(2, 1)
+        curve = {"loss": []}
+
+        def train():
+            loss = model(torch.ones(3, 2)).mean()
+            curve["loss"].append(loss)  # <- here
+            return loss
+
+        def step():
+            train().backward()
+            np.array(curve["loss"])
+        """,
+    ),
+    "the mark of a Function": (
+        "marked with @once_differentiable",
+        """
+        from torch.autograd.function import once_differentiable
+
+        model = nn.Linear(2, 1)
+
+        class Marked(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x * 2
+
+            @staticmethod
+            @once_differentiable  # <- here
+            def backward(ctx, grad):
+                return grad * 2
+
+        def step():
+            out = Marked.apply(model(torch.ones(1, 2))).square().sum()
+            (grad,) = torch.autograd.grad(out, model.weight, create_graph=True)
+            grad.sum().backward()
+        """,
+    ),
+    "the way on which a scaler is not updated": (
+        "unscale_() has already been called",
+        """
+        model = nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        scaler = torch.amp.GradScaler("cpu")
+
+        def update(most):
+            scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+            scaler.unscale_(optimizer)
+            if nn.utils.clip_grad_norm_(model.parameters(), 1.0) > most:
+                return  # <- here
+            scaler.step(optimizer)
+            scaler.update()
+
+        def step():
+            update(0.0)
+            update(0.0)
+        """,
+    ),
+    "a backward that returns nothing": (
+        "returned an incorrect number of gradients",
+        """
+        model = nn.Linear(2, 1)
+
+        class Silent(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, y):
+                return x * y
+
+            @staticmethod
+            def backward(ctx, grad):  # <- here
+                grad * 2
+
+        def step():
+            Silent.apply(model(torch.ones(1, 2)), model.weight.sum()).sum().backward()
+        """,
+    ),
+    "what all samples share under vmap": (
+        "vmap: inplace arithmetic",
+        """
+        model = nn.Linear(2, 1)
+
+        def matrix(x):
+            out = torch.zeros(2)  # <- here
+            out[0] = x.sum()
+            return out
+
+        def step():
+            torch.vmap(matrix)(model.weight.expand(3, 2)).sum().backward()
+        """,
+    ),
     "what took the dimension away": (
         "invalid index of a 0-dim tensor",
         """
