@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gradwatch import _frames, _source, _statements, _words, explain
+from gradwatch import _frames, _nearby, _source, _statements, _words, explain
 from gradwatch._calls import Kind, Wrapper
 from gradwatch._failure import (
     BY_PLACE,
@@ -164,7 +164,7 @@ def _made_odd(
 def gradients_of_another_shape(raised: Raised) -> str | None:
     """Explain gradients that do not fit what is differentiated by the statement that made them, and the call."""
     places = failing_places(raised)
-    made = _statements.last_argument(places[-1][:2], "grad") if places else None
+    made = _nearby.last_argument(places[-1][:2], "grad") if places else None
     own = None if made is None else role_of("made here", statement(made))
     return _words.error_note("grad_outputs", listed(own, *map(at, places))) if places else None
 
@@ -174,7 +174,7 @@ def asked_for_nothing(raised: Raised) -> str | None:
     places = failing_places(raised)
     if not places:
         return None
-    made = _statements.last_argument(places[-1][:2], "inputs")
+    made = _nearby.last_argument(places[-1][:2], "inputs")
     own = None if made is None else role_of("made here", statement(made))
     said = [_words.error_note("asked_for_nothing", listed(own, *map(at, places)))]
     return "\n\n".join([*said, *filter(None, [frozen_ones(raised.model)])])
@@ -347,8 +347,8 @@ def no_leaf(raised: Raised) -> str | None:
     if tag is not None:
         return _words.error_note("no_leaf", at(raised.trace.ops[tag].place))
     last = last_of_user(raised.error)
-    kept = [] if last is None else _statements.argument_stores(last[:2])[:1]
-    made = [s for found in kept for s in _statements.returned_by(found)]
+    kept = [] if last is None else _nearby.argument_stores(last[:2])[:1]
+    made = [s for found in kept for s in _nearby.returned_by(found)]
     places = listed(
         _spoiled_leaf(raised), *map(statement, [*made, *kept]), None if last is None else at(last)
     )
@@ -366,8 +366,8 @@ def serialised_result(raised: Raised) -> str | None:
     before = map(raised.maker_of, tracked)
     places = list(dict.fromkeys(at(op.place) for op in before if op is not None and op.place))[:1]
     if not places and made is not None and made.place is not None:  # made before this step
-        kept = _statements.stores(made.place[:2])[:1]
-        told = [*kept, *(s for store in kept for s in _statements.assigned_before(store))]
+        kept = _nearby.stores(made.place[:2])[:1]
+        told = [*kept, *(s for store in kept for s in _nearby.assigned_before(store))]
         places = [role_of("kept here", statement(store)) for store in told]
     last = at(last_of_user(raised.error))
     own = None if made is None else at(made.place)
@@ -382,7 +382,7 @@ def none_for_a_gradient(raised: Raised) -> str | None:
             maker = raised.maker_of(number)
             made = (None if maker is None else at(maker.place)) or _spoiled_leaf(raised)
             came = role_of("made here, so that it is no leaf", made)
-            kept = [statement(s) for s in _statements.owner_stores(read[:2], "grad")[:1]]
+            kept = [statement(s) for s in _nearby.owner_stores(read[:2], "grad")[:1]]
             return _words.error_note("grad_of_a_result", listed(came, *kept, where))
     last = last_of_user(raised.error)
     if last is None or ".grad" not in _source.text_of(last[:2]):
@@ -429,7 +429,7 @@ def changed_by_a_hook(raised: Raised) -> str | None:
     codes = [_frames.code_of(hook) for hook in hooks.values()]
     if len(codes) != 1 or codes[0] is None:
         return None
-    returned = _statements.returned(codes[0], None)
+    returned = _nearby.returned(codes[0], None)
     return _words.error_note("hook_returns", listed(*map(statement, returned)))
 
 
@@ -438,7 +438,7 @@ def hook_of_a_module(raised: Raised) -> str | None:
     hooks = {id(h): h for module in raised.model.modules() for h in hooks_of(module)}
     codes = dict.fromkeys(_frames.code_of(hook) for hook in hooks.values())
     code = next(iter(codes), None)
-    returned = [] if code is None or len(codes) > 1 else _statements.returned(code, None)
+    returned = [] if code is None or len(codes) > 1 else _nearby.returned(code, None)
     return _words.error_note("hook_returns", listed(*map(statement, returned)))
 
 
@@ -537,7 +537,7 @@ def _collected(raised: Raised, numbers: Iterable[int]) -> list[str | None]:
     """Return where values were put into a container, after the line that made them."""
     makers = [op for number in numbers if (op := raised.maker_of(number)) is not None]
     made = [raised.trace.outlived.get(op.index) or op.place for op in makers]
-    kept = [s for place in made if place is not None for s in _statements.kept_after(place[:2])]
+    kept = [s for place in made if place is not None for s in _nearby.kept_after(place[:2])]
     return [role_of("kept with its history", statement(s)) for s in kept[:1]]
 
 
@@ -566,7 +566,7 @@ def leaf_in_place(raised: Raised) -> str | None:
 def in_place_in_vmap(raised: Raised) -> str | None:
     """Explain a write under ``vmap`` into what all samples share by what made that."""
     last = last_of_user(raised.error)
-    made = None if last is None else _statements.written_into(last[:2])
+    made = None if last is None else _nearby.written_into(last[:2])
     own = None if made is None else role_of("shared by all samples", statement(made))
     return None if last is None else _words.error_note("in_place_in_vmap", listed(own, at(last)))
 

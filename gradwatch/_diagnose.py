@@ -21,6 +21,7 @@ from gradwatch._calls import Kind, Wrapper
 from gradwatch._flow import Cut, Flow, follow
 from gradwatch._graph import Origin, Passed, walk, watched_backward
 from gradwatch._marks import Marks, Use
+from gradwatch._nearby import surrounding
 from gradwatch._record import Backward, Op, Unregistered, hooks_of, label_of, unregistered
 from gradwatch._source import Statement, wrapping
 from gradwatch._statements import (
@@ -29,7 +30,6 @@ from gradwatch._statements import (
     copies,
     derived_attributes,
     keepings,
-    surrounding,
 )
 from gradwatch._stats import Sensor, is_lazy
 from gradwatch._trace import BackwardListener, Trace

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradwatch import _frames, _source, _statements, _words
+from gradwatch import _frames, _nearby, _source, _statements, _words
 from gradwatch._record import node_of, tensors_in
 from gradwatch.report import Site
 
@@ -252,7 +252,7 @@ def layer_made_at(model: torch.nn.Module, layer: Any) -> str | None:
         path, _, name = path.rpartition(".")
         made = _statements.keepings(type(model.get_submodule(path)), name)
         if made:
-            return statement(_statements.element_of(made[0], inside))
+            return statement(_nearby.element_of(made[0], inside))
         inside.insert(0, name)
     return None
 
@@ -263,7 +263,7 @@ def asked_for_parameters(error: Exception) -> torch.nn.Module | None:
     chain = (
         None
         if last is None
-        else _statements.owner_of_call((last.tb_frame.f_code, last.tb_lasti), "parameters")
+        else _nearby.owner_of_call((last.tb_frame.f_code, last.tb_lasti), "parameters")
     )
     if last is None or not chain:
         return None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction
 
-from gradwatch import _source, _statements, _words
+from gradwatch import _nearby, _source, _statements, _words
 from gradwatch._calls import Wrapper
 from gradwatch._failure import (
     Raised,
@@ -69,7 +69,7 @@ def once_differentiable(raised: Raised) -> str | None:
 
 def _marks_in(file: str, codes: Iterable[CodeType]) -> list[_source.Statement]:
     own = [code for code in codes if code.co_filename == file]
-    marks = (_statements.decorator(code, "once_differentiable") for code in own)
+    marks = (_nearby.decorator(code, "once_differentiable") for code in own)
     return list(dict.fromkeys(mark for mark in marks if mark is not None))
 
 
@@ -86,10 +86,10 @@ def without_backward(raised: Raised) -> str | None:
     cls = _function_of(raised.error)
     if cls is None:
         return None
-    own = [statement(head) for head in _statements.heads(cls)[:1]]
+    own = [statement(head) for head in _nearby.heads(cls)[:1]]
     close = difflib.get_close_matches("backward", vars(cls), n=1)
     code = _method(cls, close[0]) if close else None
-    head = None if code is None else _statements.head(code)
+    head = None if code is None else _nearby.head(code)
     near = None if head is None else role_of("its name is not `backward`", statement(head))
     return _words.error_note("no_backward", listed(near, *own, _call_of(raised, cls)))
 
@@ -99,7 +99,7 @@ def with_other_arguments(raised: Raised) -> str | None:
     cls = _function_of(raised.error)
     name = "backward" if ".backward()" in raised.message else "forward"
     code = None if cls is None else _method(cls, name)
-    head = None if code is None else _statements.head(code)
+    head = None if code is None else _nearby.head(code)
     if head is None or cls is None:
         return None
     call = None if name == "forward" else _call_of(raised, cls)
@@ -127,7 +127,7 @@ def not_kept(raised: Raised) -> str | None:
     if found is None or cls is None or last is None:
         return None
     code = _method(cls, "setup_context") or _method(cls, "forward")
-    head = None if code is None else _statements.head(code)
+    head = None if code is None else _nearby.head(code)
     kept = [*_statements.assignments(cls, found[2]), *([] if head is None else [head])]
     return _words.error_note("not_kept", listed(*map(statement, kept[:1]), at(last)), found[2])
 
@@ -196,8 +196,8 @@ def _call_of(raised: Raised, cls: type) -> str | None:
 def _return_of(cls: type | None, index: int | None) -> str | None:
     """Return what the ``backward`` of a Function returns, and where the one at an index is computed."""
     code = None if cls is None else _method(cls, "backward")
-    returned = [] if code is None else _statements.returned(code, index)
-    head = None if code is None or returned else _statements.head(code)
+    returned = [] if code is None else _nearby.returned(code, index)
+    head = None if code is None or returned else _nearby.head(code)
     if head is not None:
         return role_of("returns nothing", statement(head))
     roles = ["returned here", "computed here"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import BackwardCFunction
 
-from gradwatch import _frames, _source, _statements, _words, explain
+from gradwatch import _frames, _nearby, _source, _statements, _words, explain
 from gradwatch._calls import Kind
 from gradwatch._failure import (
     Raised,
@@ -227,7 +227,7 @@ def _in_a_backward(error: Exception) -> str | None:
     if not places:
         return None
     last = last_of_user(error) or places[-1]
-    made = _statements.first_argument(last[:2], places[-1].code)
+    made = _nearby.first_argument(last[:2], places[-1].code)
     return listed(None if made is None else statement(made), at(places[-1]), at(last))
 
 
@@ -267,7 +267,7 @@ def gone_over_twice(raised: Raised) -> str | None:
     places = [at(backward.place) for backward in raised.trace.backwards]
     if len(places) > 1:
         first = raised.trace.backwards[-2].place
-        held = None if first is None else _statements.surrounding(first[:2], "cached")
+        held = None if first is None else _nearby.surrounding(first[:2], "cached")
         cache = None if held is None else role_of("kept as long as this lasts", statement(held))
         earlier = f"{places[-2]} (the earlier one)"
         shared = _shared(raised.trace)
@@ -304,14 +304,12 @@ def _shared(trace: Trace) -> tuple[str | None, str | None]:
     call = role_of("in this call", at(trace.call_around(last)))
     if taken is None or taken.place is None:
         return listed(role_of("computed once, used by both", _given_to(last.place)), call), None
-    named = _statements.outer_assignment(taken.place[:2])
+    named = _nearby.outer_assignment(taken.place[:2])
     own = _given_to(last.place, besides=taken.place)
     once = listed(None if named is None else statement(named), own)
     earlier = trace.backwards[-2].place
     # Where a helper's line is, the call of the helper before the earlier pass tells more.
-    calls = (
-        [] if earlier is None else _statements.calls_before(earlier[:2], taken.place.code.co_name)
-    )
+    calls = [] if earlier is None else _nearby.calls_before(earlier[:2], taken.place.code.co_name)
     into = trace.call_around(taken)
     ways = [*map(statement, calls[-1:]), None if into == trace.call_around(last) else at(into)]
     return listed(role_of("computed once, used by both", once), call), role_of(
@@ -339,7 +337,7 @@ def _given_to(place: _frames.Place | None, besides: _frames.Place | None = None)
     chosen = place is not None and (plain or _source.is_of_arguments(place[:2]))
     other = None if besides is None else besides[:2]
     calls = [] if code is None or not chosen else [(code, None), (code, other)]
-    call = next(filter(None, (_statements.only_call(*asked) for asked in calls)), None)
+    call = next(filter(None, (_nearby.only_call(*asked) for asked in calls)), None)
     return listed(None if call is None else statement(call), at(place))
 
 
@@ -382,11 +380,11 @@ def carried_over(raised: Raised) -> tuple[str | None, str] | None:
         maker = raised.maker_of(carried[-1]) if carried else None
         if maker is not None and op.place is not None:
             made = _frames.site_of(maker.place)
-            filled = _statements.fillings(op.place[:2])
+            filled = _nearby.fillings(op.place[:2])
             if filled:
                 return _story(filled, made, op.place), ""
             kept = kept_anywhere(raised.model, made, op.place)
-            return kept or (_story(_statements.stores(op.place[:2]), made, op.place), "")
+            return kept or (_story(_nearby.stores(op.place[:2]), made, op.place), "")
     return None
 
 
@@ -405,12 +403,12 @@ def _kept_in(
                 statements = _statements.keepings(type(module), name)
                 if statements:
                     full = f"{path}.{name}" if path else name
-                    filled = [] if read is None else _statements.fillings(read[:2])
+                    filled = [] if read is None else _nearby.fillings(read[:2])
                     kept_as = "" if filled else f" (`{full}`)"
                     return _story([*filled, *statements], made, read), kept_as
     # What a decorator keeps is in no attribute.
-    around = [] if made is None else _statements.keeping_decorators(made.file, made.line)
-    statements = around or ([] if read is None else _statements.stores(read[:2]))
+    around = [] if made is None else _nearby.keeping_decorators(made.file, made.line)
+    statements = around or ([] if read is None else _nearby.stores(read[:2]))
     return (_story(statements, made, read), "") if statements or made or read else None
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gradwatch import _source, _statements, _words, explain
+from gradwatch import _nearby, _source, _statements, _words, explain
 from gradwatch._failure import (
     Raised,
     at,
@@ -46,7 +46,7 @@ def not_finite(raised: Raised) -> str | None:
 def unscaled_twice(raised: Raised) -> str | None:
     """Explain a second ``unscale_()`` by where the function is left without the update of the scaler."""
     last = last_of_user(raised.error)
-    left = [] if last is None else _statements.leaving_before(last[:2], "update")
+    left = [] if last is None else _nearby.leaving_before(last[:2], "update")
     leaving = [role_of("leaves without `scaler.update()`", statement(s)) for s in left[:2]]
     return None if last is None else _words.error_note("unscaled_twice", listed(*leaving, at(last)))
 

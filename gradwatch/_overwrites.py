@@ -12,7 +12,7 @@ import math
 import re
 from typing import TYPE_CHECKING
 
-from gradwatch import _statements, _words
+from gradwatch import _nearby, _words
 from gradwatch._calls import Kind
 from gradwatch._failure import (
     Raised,
@@ -127,7 +127,7 @@ def behind_a_hook(raised: Raised) -> str | None:
         for hook in hooks_of(module)
         if (code := getattr(hook, "__code__", None)) is not None
     ]
-    found = [s for code in codes[:1] for s in _statements.registrations(code)]
+    found = [s for code in codes[:1] for s in _nearby.registrations(code)]
     failed = raised.failed
     wrote = None if failed is None else at(failed.place)
     layer = local_owner(raised.error, "self")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from gradwatch import _frames, _source, _statements, _words, explain
+from gradwatch import _frames, _nearby, _source, _statements, _words, explain
 from gradwatch._asked import (
     array_of_a_leaf,
     asked_for_nothing,
@@ -162,7 +162,7 @@ def _nothing_registered(error: Exception, model: nn.Module) -> str | None:
         for name, value in held_by(inner):
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 kept = _statements.keepings(type(inner), name)[:1]
-                made = [s for store in kept for s in _statements.assigned_before(store)]
+                made = [s for store in kept for s in _nearby.assigned_before(store)]
                 places = listed(*map(statement, [*made, *kept]), at(last))
                 return _words.error_note(
                     "no_parameter_made", places, f"{type(inner).__name__}.{name}"

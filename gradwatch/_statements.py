@@ -14,20 +14,14 @@ from typing import TYPE_CHECKING
 from gradwatch._source import (
     FILLERS,
     Statement,
-    Step,
     called,
-    class_nodes,
     classes_in,
     definitions,
-    expression,
     file_of,
     flat_targets,
-    function,
     last_name,
     own_nodes,
-    owner_of,
     root_of,
-    span,
     span_of,
     statements_of,
     targets_of,
@@ -35,27 +29,12 @@ from gradwatch._source import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-    from types import CodeType
+    from collections.abc import Callable, Iterable, Iterator
 
 _DRAWS = frozenset(
     ["random", "randint", "randrange", "choice", "choices", "uniform", "shuffle", "gauss", "rand"]
 )
 """Methods that draw from a generator of Python's or NumPy's, which a checkpoint does not set back."""
-
-
-def only_call(code: CodeType, besides: Step | None = None) -> Statement | None:
-    """Return the call of a function in its file, where there is one alone outside of the function around a place."""
-    module = tree(code.co_filename)
-    line = None if besides is None else span(besides)
-    around = [] if line is None else _functions_around(module, line[0])
-    left_out = frozenset(ast.walk(around[-1])) if around else frozenset()
-    calls = [
-        node
-        for node in (() if module is None else ast.walk(module))
-        if isinstance(node, ast.Call) and called(node) == code.co_name and node not in left_out
-    ]
-    return statements_of(code.co_filename, calls)[0] if len(calls) == 1 else None
 
 
 def keepings(cls: type, name: str) -> list[Statement]:
@@ -74,7 +53,7 @@ def keepings(cls: type, name: str) -> list[Statement]:
             for definition in classes_in(module, base.__qualname__)
             for method in definition.body
             for node in ast.walk(method)
-            if (rank := _keeps(node, name, getattr(method, "name", ""))) is not None
+            if (rank := keeping_rank(node, name, getattr(method, "name", ""))) is not None
         ]
         found += [
             (0, node)
@@ -89,205 +68,6 @@ def keepings(cls: type, name: str) -> list[Statement]:
                 file, [node for _, node in sorted(found, key=lambda pair: pair[0])]
             )
     return []
-
-
-def stores(step: Step) -> list[Statement]:
-    """Return where a file keeps what an expression is given, the tellest statement first.
-
-    Args:
-        step: The place of the expression.
-    """
-    code = step[0]
-    node = function(code)
-    module = tree(code.co_filename)
-    inside = node or module  # of a comprehension, which is a function of its own before Python 3.12
-    read = None if inside is None else expression(step, inside)
-    if read is None or module is None:
-        return []
-    functions = [
-        n for n in ast.walk(module) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
-    ]
-    names = _given_names(read, {n.name: n for n in functions})
-    names |= _containers(names, inside or module)
-    homes = owner_of(module)
-    mine = None if node is None else homes.get(node)
-    found: list[tuple[int, bool, ast.AST]] = [
-        (rank, homes.get(definition) != mine, kept)
-        for definition in [*functions, module]
-        for kept in own_nodes(definition)
-        for name in names
-        if (rank := _keeps(kept, name, getattr(definition, "name", ""))) is not None
-    ]
-    # An object is filled where it is made: `Transition(state, log_prob)`.
-    made = {
-        cls.name
-        for cls in ast.walk(module)
-        if isinstance(cls, ast.ClassDef) and _has_fields(cls, names)
-    }
-    calls = [n for n in ast.walk(module) if isinstance(n, ast.Call) and called(n) in made]
-    found += [(1, False, call) for call in calls]
-    # What a closure uses of the function around it, and a function of its file, was computed there.
-    outer = {*code.co_freevars, *code.co_names} & names
-    given = {*code.co_varnames[: code.co_argcount]} & names - {"self"}
-    for definition in [*functions, module]:
-        nodes = list(own_nodes(definition))
-        shared = {name for n in nodes if isinstance(n, ast.Global) for name in n.names}
-        if definition is module or node in nodes or shared & outer:
-            found += [(1, False, kept) for kept in nodes if _computes(kept, outer)]
-        # What a function is given was perhaps computed under the same name elsewhere.
-        found += [(6, True, kept) for kept in nodes if _computes(kept, given)]
-    return statements_of(code.co_filename, [n for *_, n in sorted(found, key=lambda f: f[:2])])
-
-
-def owner_stores(step: Step, name: str) -> list[Statement]:
-    """Return where a file keeps that of which a line reads an attribute: `self.xys` of `self.xys.grad.norm()`."""
-    inside, line = function(step[0]) or tree(step[0].co_filename), span(step)
-    nodes = () if inside is None or line is None else ast.walk(inside)
-    owners = {
-        last_name(node.value)
-        for node in nodes
-        if isinstance(node, ast.Attribute) and node.attr == name and _is_in_line(node, line)
-    }
-    return _kept_under(step[0].co_filename, owners)
-
-
-def argument_stores(step: Step) -> list[Statement]:
-    """Return where a file keeps what a call is given first: `self.tokens` of `Adam(self.tokens, lr=self.lr)`."""
-    inside = function(step[0]) or tree(step[0].co_filename)
-    read = None if inside is None else expression(step, inside)
-    given = read.args[:1] if isinstance(read, ast.Call) else []
-    attributes = (
-        node for arg in given for node in ast.walk(arg) if isinstance(node, ast.Attribute)
-    )
-    return _kept_under(step[0].co_filename, {node.attr for node in attributes})
-
-
-def _kept_under(file: str, names: Collection[str]) -> list[Statement]:
-    """Return where a file keeps something in attributes of some names, the tellest statement first."""
-    module = tree(file)
-    ranked = [
-        (rank, node)
-        for node in (() if module is None else ast.walk(module))
-        for name in names
-        if (rank := _keeps(node, name, "")) is not None
-    ]
-    return statements_of(file, [node for _, node in sorted(ranked, key=lambda pair: pair[0])])
-
-
-def _is_in_line(node: ast.expr, line: tuple[int, ...] | None) -> bool:
-    return line is not None and node.lineno <= line[0] <= (node.end_lineno or node.lineno)
-
-
-def calls_before(step: Step, name: str) -> list[Statement]:
-    """Return the statements of a function that call another one by name before an expression, in their order."""
-    inside, place = function(step[0]), span(step)
-    if inside is None or place is None:
-        return []
-    simple = [n for n in own_nodes(inside) if isinstance(n, (ast.Assign, ast.Expr, ast.Return))]
-    calls = [n for n in simple if any(_calls(inner, name) for inner in ast.walk(n))]
-    found = sorted(statements_of(step[0].co_filename, calls), key=lambda call: call.line)
-    return [call for call in found if call.line <= place[0]]
-
-
-def element_of(found: Statement, path: Iterable[str]) -> Statement:
-    """Return the line of an element in a call that a statement assigns: `ReLU()` of `Sequential(Linear(1, 1), ReLU())`."""
-    module = tree(found.file)
-    nodes = () if module is None else ast.walk(module)
-    node: ast.AST | None = next(
-        (n.value for n in nodes if isinstance(n, ast.Assign) and n.lineno == found.line), None
-    )
-    for name in path:
-        given = node.args if isinstance(node, ast.Call) else []
-        if len(given) == 1 and isinstance(given[0], (ast.List, ast.Tuple)):
-            given = given[0].elts
-        if not name.isdecimal() or int(name) >= len(given) or _has_stars(given):
-            return found
-        node = given[int(name)]
-    return found if node is None else statements_of(found.file, [node])[0]
-
-
-def _has_stars(given: Iterable[ast.expr]) -> bool:
-    return any(isinstance(each, ast.Starred) for each in given)
-
-
-def returned_by(found: Statement) -> list[Statement]:
-    """Return the last ``return`` of the function of the same file that a statement calls for its value."""
-    module = tree(found.file)
-    nodes = [] if module is None else list(ast.walk(module))
-    values = [n.value for n in nodes if isinstance(n, ast.Assign) and n.lineno == found.line]
-    names = {called(value) for value in values if isinstance(value, ast.Call)}
-    definitions = [n for n in nodes if isinstance(n, ast.FunctionDef) and n.name in names]
-    if len(definitions) != 1:
-        return []
-    returns = [n for n in own_nodes(definitions[0]) if isinstance(n, ast.Return) and n.value]
-    return statements_of(found.file, sorted(returns, key=lambda node: node.lineno)[-1:])
-
-
-def assigned_before(found: Statement) -> list[Statement]:
-    """Return what assigned the local name that a statement keeps: `centers = ...` of `self.centers = centers`."""
-    module = tree(found.file)
-    for inside in () if module is None else ast.walk(module):
-        nodes = list(own_nodes(inside)) if isinstance(inside, ast.FunctionDef) else []
-        for node in nodes:
-            if isinstance(node, ast.Assign) and node.lineno == found.line:
-                name = last_name(node.value) if isinstance(node.value, ast.Name) else ""
-                return statements_of(found.file, _assigned(name, nodes, found.line)[-1:])
-    return []
-
-
-def owner_of_call(step: Step, method: str) -> list[str]:
-    """Return the names of the chain whose method a line calls: `model`, `head` of `model.head.parameters()`."""
-    inside, line = function(step[0]) or tree(step[0].co_filename), span(step)
-    for node in () if inside is None or line is None else ast.walk(inside):
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr == method
-            and _is_in_line(node, line)
-        ):
-            names: list[str] = []
-            held = node.func.value
-            while isinstance(held, ast.Attribute):
-                names.insert(0, held.attr)
-                held = held.value
-            return [held.id, *names] if isinstance(held, ast.Name) else []
-    return []
-
-
-def fillings(step: Step) -> list[Statement]:
-    """Return where a file fills the attribute from which a loop takes what an expression is given."""
-    inside, module = function(step[0]) or tree(step[0].co_filename), tree(step[0].co_filename)
-    read = None if inside is None else expression(step, inside)
-    if inside is None or module is None or read is None:
-        return []
-    names = _containers({n.id for n in ast.walk(read) if isinstance(n, ast.Name)}, inside)
-    found = [n for n in ast.walk(module) if any(_keeps(n, name, "") == 0 for name in names)]
-    return statements_of(step[0].co_filename, found)
-
-
-def _containers(names: set[str], inside: ast.AST) -> set[str]:
-    """Return the attributes from which loops take values of some names: `frames` of `for old in self.frames`."""
-    loops = [n for n in ast.walk(inside) if isinstance(n, (ast.For, ast.comprehension))]
-    return {
-        loop.iter.attr
-        for loop in loops
-        if isinstance(loop.iter, ast.Attribute) and last_name(loop.target) in names
-    }
-
-
-def _has_fields(cls: ast.ClassDef, names: set[str]) -> bool:
-    """Tell whether a class declares one of some names as a field, as dataclasses and named tuples do."""
-    fields = (node.target for node in cls.body if isinstance(node, ast.AnnAssign))
-    return any(isinstance(field, ast.Name) and field.id in names for field in fields)
-
-
-def _computes(node: ast.AST, names: set[str]) -> bool:
-    """Tell whether a statement gives one of some names what a call returns."""
-    return (
-        isinstance(node, ast.Assign)
-        and any(isinstance(target, ast.Name) and target.id in names for target in node.targets)
-        and any(isinstance(inner, ast.Call) for inner in ast.walk(node.value))
-    )
 
 
 def changes_of_state(classes: Iterable[type]) -> list[Statement]:
@@ -359,69 +139,6 @@ def _changed(part: ast.AST, outer: set[str]) -> Iterator[str]:
             yield from (last_name(generator) for generator in own if last_name(generator))
 
 
-def outer_assignment(step: Step) -> Statement | None:
-    """Return what assigned a name that an expression reads, in a function around its own, by a call."""
-    code = step[0]
-    inside, module = function(code), tree(code.co_filename)
-    read = None if inside is None else expression(step, inside)
-    if read is None or module is None or not code.co_freevars:
-        return None
-    names = {n.id for n in ast.walk(read) if isinstance(n, ast.Name)} & {*code.co_freevars}
-    for outer in ast.walk(module):
-        nodes = list(own_nodes(outer)) if isinstance(outer, ast.FunctionDef) else []
-        if inside in nodes:
-            found = [n for n in nodes if _computes(n, names)]
-            if found:
-                return statements_of(code.co_filename, found)[0]
-    return None
-
-
-_KEEP_NOTHING = frozenset(
-    [
-        "property",
-        "staticmethod",
-        "classmethod",
-        "abstractmethod",
-        "override",
-        "no_grad",
-        "enable_grad",
-        "inference_mode",
-        "compile",
-        "contextmanager",
-        "wraps",
-        "overload",
-        "autocast",
-        "custom_fwd",
-        "jit",
-        "script",
-    ]
-)
-"""Decorators that are known to keep no result of the function."""
-
-
-def keeping_decorators(file: str, line: int) -> list[Statement]:
-    """Return the decorators of the innermost function that a line stands in, as far as they may keep its results."""
-    around = _functions_around(tree(file), line)
-    if not around:
-        return []
-    decorators = around[-1].decorator_list
-    named = {last_name(n.func if isinstance(n, ast.Call) else n): n for n in decorators}
-    return statements_of(file, [node for name, node in named.items() if name not in _KEEP_NOTHING])
-
-
-def _functions_around(
-    module: ast.Module | None, line: int
-) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Return the functions that a line is in, the innermost last."""
-    found = [
-        node
-        for node in (() if module is None else ast.walk(module))
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        and node.lineno <= line <= (node.end_lineno or node.lineno)
-    ]
-    return sorted(found, key=lambda node: node.lineno)
-
-
 def mentions(file: str, name: str) -> list[Statement]:
     """Return where a file names a function: in a call, a decorator, or as an argument, but not to import it."""
     module = tree(file)
@@ -434,7 +151,7 @@ def method_calls(file: str, name: str) -> list[Statement]:
     """Return the calls of a method of this name in a file."""
     module = tree(file)
     nodes = () if module is None else ast.walk(module)
-    methods = [n for n in nodes if _calls(n, name) and isinstance(n.func, ast.Attribute)]  # type: ignore[attr-defined]
+    methods = [n for n in nodes if is_call_of(n, name) and isinstance(n.func, ast.Attribute)]  # type: ignore[attr-defined]
     return statements_of(file, methods)
 
 
@@ -556,173 +273,7 @@ def _assigned_to(file: str, name: str) -> Iterator[tuple[ast.FunctionDef, ast.As
                     yield inside, node
 
 
-def surrounding(step: Step, name: str) -> Statement | None:
-    """Return the ``with``, or the decorator, by which a function of this name is in force around an expression."""
-    inside = function(step[0])
-    wanted = span(step)
-    if inside is None or wanted is None:
-        return None
-    blocks = [n for n in own_nodes(inside) if isinstance(n, (ast.With, ast.AsyncWith))]
-    found = [
-        item.context_expr
-        for block in blocks
-        if block.lineno <= wanted[0] <= (block.end_lineno or block.lineno)
-        for item in block.items
-    ]
-    found += getattr(inside, "decorator_list", [])
-    named = [n for n in found if name in {last_name(i) for i in ast.walk(n)}]
-    statements = statements_of(step[0].co_filename, named)
-    return statements[0] if statements else None
-
-
-def returned(code: CodeType, index: int | None) -> list[Statement]:
-    """Return the last ``return`` of a function that returns something, and where the value at an index is computed."""
-    inside = function(code)
-    nodes = [] if inside is None else list(own_nodes(inside))
-    found = [n for n in nodes if isinstance(n, ast.Return) and n.value is not None]
-    if not found:
-        return []
-    last = max(found, key=lambda node: node.lineno)
-    several = last.value.elts if isinstance(last.value, ast.Tuple) else [last.value]
-    named = several[index] if index is not None and index < len(several) else None
-    name = named.id if isinstance(named, ast.Name) else ""
-    return statements_of(code.co_filename, [last, *_assigned(name, nodes, last.lineno)[-1:]])
-
-
-def _assigned(name: str, nodes: Iterable[ast.AST], before: int) -> list[ast.Assign]:
-    """Return the statements that assign a name before some line, in their order."""
-    found = [
-        node
-        for node in nodes
-        if isinstance(node, ast.Assign)
-        and any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
-        and node.lineno < before
-    ]
-    return sorted(found, key=lambda node: node.lineno)
-
-
-def head(code: CodeType) -> Statement | None:
-    """Return the first line of a function, below its decorators."""
-    inside = function(code)
-    named = isinstance(inside, (ast.FunctionDef, ast.AsyncFunctionDef))
-    found = statements_of(code.co_filename, [inside] if named and inside is not None else [])
-    return found[0] if found else None
-
-
-def heads(cls: type) -> list[Statement]:
-    """Return the first line of a class, where its file has one of its name."""
-    file = file_of(cls)
-    return [] if file is None else statements_of(file, class_nodes(file, cls.__qualname__))
-
-
-def decorator(code: CodeType, name: str) -> Statement | None:
-    """Return the decorator of a name above a function."""
-    inside = function(code)
-    named = isinstance(inside, (ast.FunctionDef, ast.AsyncFunctionDef))
-    above = inside.decorator_list if named else []  # type: ignore[union-attr]
-    found = statements_of(code.co_filename, [n for n in above if last_name(n) == name])
-    return found[0] if found else None
-
-
-def leaving_before(step: Step, name: str) -> list[Statement]:
-    """Return where a function is left behind an expression, and before it calls a method of some name."""
-    inside, place = function(step[0]), span(step)
-    nodes = [] if inside is None or place is None else list(own_nodes(inside))
-    last = max((n.lineno for n in nodes if _calls(n, name)), default=0)  # type: ignore[attr-defined]
-    leaving = [n for n in nodes if isinstance(n, (ast.Return, ast.Continue))]
-    return statements_of(
-        step[0].co_filename, [n for n in leaving if place and place[0] < n.lineno < last]
-    )
-
-
-def kept_after(step: Step) -> list[Statement]:
-    """Return where a function puts the name that it gives a value into a container: `losses.append(loss)`."""
-    inside, place = function(step[0]), span(step)
-    nodes = [] if inside is None or place is None else list(own_nodes(inside))
-    lines = [n for n in nodes if isinstance(n, ast.Assign) and place and n.lineno <= place[0]]
-    made = [n for n in lines if place and place[0] <= (n.end_lineno or n.lineno)]
-    names = {last_name(target) for n in made for target in n.targets} - {""}
-    fillers = [n for n in nodes if isinstance(n, ast.Call) and called(n) in FILLERS]
-    kept = [n for n in fillers if names & {last_name(arg) for arg in n.args}]
-    return statements_of(step[0].co_filename, kept)
-
-
-def written_into(step: Step) -> Statement | None:
-    """Return the statement that made what a line writes an item of: `m = zeros(2)` of `m[0] = x`."""
-    inside, place = function(step[0]), span(step)
-    nodes = [] if inside is None or place is None else list(own_nodes(inside))
-    line = place[0] if place else 0
-    writes = [n for n in nodes if isinstance(n, (ast.Assign, ast.AugAssign)) and n.lineno == line]
-    names = [root_of(target) for n in writes for target in targets_of(n)]
-    made = [node for name in names if name for node in _assigned(name, nodes, line)[-1:]]
-    found = statements_of(step[0].co_filename, made)
-    return found[0] if found else None
-
-
-def registrations(code: CodeType) -> list[Statement]:
-    """Return where the file of a hook registers full backward hooks."""
-    module = tree(code.co_filename)
-    nodes = () if module is None else ast.walk(module)
-    return statements_of(
-        code.co_filename, [n for n in nodes if _calls(n, "register_full_backward_hook")]
-    )
-
-
-def first_argument(step: Step, outer: CodeType) -> Statement | None:
-    """Return the statement that assigned the name which a call is given first, in its function or one around it."""
-    homes = [home for home in (function(step[0]), function(outer)) if home is not None]
-    read = expression(step, homes[0]) if homes else None
-    if not isinstance(read, ast.Call) or not read.args:
-        return None
-    name = root_of(read.args[0])
-    found = [n for home in homes for n in _assigned(name, own_nodes(home), read.lineno)]
-    statements = statements_of(step[0].co_filename, found[:1])
-    return statements[0] if statements else None
-
-
-def last_argument(step: Step, keyword: str) -> Statement | None:
-    """Return the statement that assigned what a call is given last, or by a keyword that begins so."""
-    home = function(step[0])
-    read = None if home is None else expression(step, home)
-    if not isinstance(read, ast.Call) or home is None:
-        return None
-    named = [k.value for k in read.keywords if (k.arg or "").startswith(keyword)]
-    given = named or read.args[-1:]
-    name = root_of(given[0]) if given else ""
-    found = statements_of(step[0].co_filename, _assigned(name, own_nodes(home), read.lineno)[-1:])
-    return found[0] if found else None
-
-
-def _given_names(read: ast.AST, definitions: Mapping[str, ast.AST]) -> set[str]:
-    """Return the names of attributes and containers that an expression takes its operands from."""
-    given: list[ast.AST] = [read]
-    if isinstance(read, ast.Call):
-        given = [*read.args, *(k.value for k in read.keywords)]
-        if isinstance(read.func, ast.Attribute) and not isinstance(read.func.value, ast.Name):
-            given.append(read.func.value)  # of `self.prior.log_prob(x)` the object is given too
-    names: set[str] = set()
-    # Of `self.prior.dist` the last name tells; of `self.memory.sum()` the one before the method.
-    within = {
-        id(inner.value)
-        for value in given
-        for inner in ast.walk(value)
-        if isinstance(inner, ast.Attribute)
-    } - {
-        id(inner.func.value)
-        for value in given
-        for inner in ast.walk(value)
-        if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute)
-    }
-    for inner in (node for value in given for node in ast.walk(value) if id(node) not in within):
-        if isinstance(inner, ast.Call) and called(inner) in definitions:
-            for returned in ast.walk(definitions[called(inner)]):
-                if isinstance(returned, ast.Return) and returned.value is not None:
-                    names |= {last_name(n) for n in ast.walk(returned.value)}
-        names.add(last_name(inner))
-    return names - {""}
-
-
-def _keeps(node: ast.AST, name: str, method: str) -> int | None:
+def keeping_rank(node: ast.AST, name: str, method: str) -> int | None:
     """Tell how much a statement says about what is kept under a name; less is more."""
     if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and node.value is not None:
         if isinstance(node.value, ast.Constant):
@@ -802,12 +353,12 @@ def clearings(cls: type) -> list[Statement]:
 
 def copies(cls: type) -> list[Statement]:
     """Return where the file of a class calls ``copy.deepcopy``, its own methods first."""
-    return _where(cls, lambda node: _calls(node, "deepcopy"), elsewhere=True)
+    return _where(cls, lambda node: is_call_of(node, "deepcopy"), elsewhere=True)
 
 
 def calls_of(cls: type, name: str) -> list[Statement]:
     """Return where the methods of a class call a function of this name, also as ``module.name``."""
-    return _where(cls, lambda node: _calls(node, name), elsewhere=False)
+    return _where(cls, lambda node: is_call_of(node, name), elsewhere=False)
 
 
 def assignments(cls: type, name: str) -> list[Statement]:
@@ -815,7 +366,8 @@ def assignments(cls: type, name: str) -> list[Statement]:
     return _where(cls, lambda node: _assigns(node, name), elsewhere=False, init=False)
 
 
-def _calls(node: ast.AST, name: str) -> bool:
+def is_call_of(node: ast.AST, name: str) -> bool:
+    """Tell whether a node calls a function or a method of some name."""
     return isinstance(node, ast.Call) and called(node) == name
 
 
@@ -830,7 +382,7 @@ def _clears(node: ast.AST) -> bool:
         grads = [t for t in node.targets if isinstance(t, ast.Attribute) and t.attr == "grad"]
         emptied = node.value if isinstance(node, ast.Assign) else ast.Constant(None)
         return bool(grads) and isinstance(emptied, ast.Constant) and emptied.value is None
-    return _calls(node, "zero_grad")
+    return is_call_of(node, "zero_grad")
 
 
 def _freezes(node: ast.AST) -> bool:
