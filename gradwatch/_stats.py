@@ -147,7 +147,7 @@ class Sensor:
             if self._samples:
                 self._held = self._first = _NOTHING
                 return
-        self._held = _Held.of(self._gradients())
+        self._held = _NOTHING if all(self._nones()) else _Held.of(self._gradients())
         self._first = self._first or self._held
 
     def assume(self) -> None:
