@@ -273,10 +273,27 @@ def not_in_graph(raised: Raised) -> str | None:
         role_of("the last that was computed from it", None if last is None else at(last.place)),
         ignoring or (None if last is None else _passed_over(trace, last)),
         *(role_of("the output", at(op.place)) for op in outputs[:1]),
+        role_of("computed by this call", at(_call_behind(trace, outputs))),
         *map(at, raised.callers_of(asked.place)),
         at(asked.place),
     )
     return _words.error_note("not_in_graph", places, named)
+
+
+def _call_behind(trace: Trace, outputs: Iterable[Op]) -> _frames.Place | None:
+    """Return the call of a module that ran last on the way to an output, and was not made within another one."""
+    todo, seen = [op.index for op in outputs], set[int]()
+    while todo:
+        number = max(todo)
+        todo.remove(number)
+        op = trace.ops[number]
+        call = trace.call_around(op)
+        if call is not None:
+            return call
+        makers = (trace.values[n].producer for n in op.inputs)
+        todo += [maker for maker in makers if maker is not None and maker not in seen]
+        seen.update(todo)
+    return None
 
 
 def _passed_over(trace: Trace, last: Op) -> str | None:

@@ -275,10 +275,10 @@ def gone_over_twice(raised: Raised) -> str | None:
     return _words.error_note("twice", places[-1]) if places else None
 
 
-def _shared(trace: Trace) -> tuple[str | None, str | None]:
+def _shared(trace: Trace) -> tuple[str | None, ...]:
     """Return the last operation that both of the last two backward passes went through, if it is no root.
 
-    And the one through which the earlier pass came to it, when it can be cut off there.
+    And those through which each pass came to it, the earlier one first, when it can be cut off there.
     """
     first, second = (_behind(trace, backward.roots) for backward in trace.backwards[-2:])
     common = first & second
@@ -289,21 +289,13 @@ def _shared(trace: Trace) -> tuple[str | None, str | None]:
         default=None,
     )
     if last is None:
-        return None, None
+        return ()
     if not roots.isdisjoint(last.outputs):
-        return _used_again(trace, last, second), None
-    taken = next(
-        (
-            op
-            for op in trace.ops[last.index :]
-            if not first.difference(second).isdisjoint(op.outputs)
-            and not set(last.outputs).isdisjoint(op.inputs)
-        ),
-        None,
-    )
+        return (_used_again(trace, last, second),)
     call = role_of("in this call", at(trace.call_around(last)))
+    taken = _reader(trace, last, first - second)
     if taken is None or taken.place is None:
-        return listed(role_of("computed once, used by both", _given_to(last.place)), call), None
+        return (listed(role_of("computed once, used by both", _given_to(last.place)), call),)
     named = _nearby.outer_assignment(taken.place[:2])
     own = _given_to(last.place, besides=taken.place)
     once = listed(None if named is None else statement(named), own)
@@ -311,17 +303,30 @@ def _shared(trace: Trace) -> tuple[str | None, str | None]:
     # Where a helper's line is, the call of the helper before the earlier pass tells more.
     calls = [] if earlier is None else _nearby.calls_before(earlier[:2], taken.place.code.co_name)
     into = trace.call_around(taken)
-    ways = [*map(statement, calls[-1:]), None if into == trace.call_around(last) else at(into)]
-    return listed(role_of("computed once, used by both", once), call), role_of(
-        "goes into the earlier one here", listed(*ways, at(taken.place))
+    ways = [
+        *map(statement, calls[-1:]),
+        None if into == trace.call_around(last) else _given_to(into),
+        at(taken.place),
+    ]
+    again = _reader(trace, last, second - first)
+    return (
+        listed(role_of("computed once, used by both", once), call),
+        role_of("goes into the earlier one here", listed(*ways)),
+        role_of("goes into the later one here", None if again is None else at(again.place)),
     )
+
+
+def _reader(trace: Trace, last: Op, behind: set[int]) -> Op | None:
+    """Return the first operation that reads what another one made, and on the way to some values."""
+    made = set(last.outputs)
+    later = trace.ops[last.index :]
+    reading = (op for op in later if not made.isdisjoint(op.inputs))
+    return next((op for op in reading if not behind.isdisjoint(op.outputs)), None)
 
 
 def _used_again(trace: Trace, root: Op, later: set[int]) -> str | None:
     """Return where what an earlier pass began at goes into the loss of the later one."""
-    own = set(root.outputs)
-    readers = (op for op in trace.ops[root.index + 1 :] if not own.isdisjoint(op.inputs))
-    again = next((op for op in readers if not later.isdisjoint(op.outputs)), None)
+    again = _reader(trace, root, later - set(root.outputs))
     return None if again is None else role_of("the earlier loss goes in here", at(again.place))
 
 
@@ -334,7 +339,7 @@ def _given_to(place: _frames.Place | None, besides: _frames.Place | None = None)
     """
     code = None if place is None else place.code
     plain = code is not None and not code.co_freevars and code.co_varnames[:1] != ("self",)
-    chosen = place is not None and (plain or _source.is_of_arguments(place[:2]))
+    chosen = place is not None and (plain or _source.is_of_arguments(place[:2], given=True))
     other = None if besides is None else besides[:2]
     calls = [] if code is None or not chosen else [(code, None), (code, other)]
     call = next(filter(None, (_nearby.only_call(*asked) for asked in calls)), None)
@@ -405,7 +410,10 @@ def _kept_in(
                     full = f"{path}.{name}" if path else name
                     filled = [] if read is None else _nearby.fillings(read[:2])
                     kept_as = "" if filled else f" (`{full}`)"
-                    return _story([*filled, *statements], made, read), kept_as
+                    dropped = [statement(s) for s in _statements.dropped(type(module), name)[:1]]
+                    lost = role_of("its result is dropped", next(iter(dropped), None))
+                    story = _story([*filled, *statements], made, read)
+                    return listed(lost, story), kept_as
     # What a decorator keeps is in no attribute.
     around = [] if made is None else _nearby.keeping_decorators(made.file, made.line)
     statements = around or ([] if read is None else _nearby.stores(read[:2]))

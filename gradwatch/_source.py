@@ -106,8 +106,13 @@ def expression(step: Step, inside: ast.AST) -> ast.AST | None:
     return best
 
 
-def is_of_arguments(step: Step) -> bool:
-    """Tell whether an expression reads arguments of its function alone: then the caller has chosen them."""
+def is_of_arguments(step: Step, *, given: bool = False) -> bool:
+    """Tell whether an expression reads arguments of its function alone: then the caller has chosen them.
+
+    Args:
+        step: The place of the expression.
+        given: Whether of a call only what it is given counts, and not what is called.
+    """
     code = step[0]
     inside = function(code)
     read = None if inside is None else expression(step, inside)
@@ -132,7 +137,10 @@ def is_of_arguments(step: Step) -> bool:
         for node in own_nodes(inside)
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and id(node) not in own
     }
-    names = {node.id for node in ast.walk(read) if isinstance(node, ast.Name)}
+    parts: list[ast.AST] = [read]
+    if given and isinstance(read, ast.Call):
+        parts = [*read.args, *read.keywords]
+    names = {n.id for part in parts for n in ast.walk(part) if isinstance(n, ast.Name)}
     names &= {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
     return bool(names) and names <= arguments - changed
 

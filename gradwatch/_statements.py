@@ -361,6 +361,20 @@ def calls_of(cls: type, name: str) -> list[Statement]:
     return _where(cls, lambda node: is_call_of(node, name), elsewhere=False)
 
 
+def dropped(cls: type, name: str) -> list[Statement]:
+    """Return where a class cuts off what an attribute holds, by ``detach()`` or a function, and drops the result."""
+
+    def is_dropped(node: ast.AST) -> bool:
+        call = node.value if isinstance(node, ast.Expr) else None
+        if not isinstance(call, ast.Call):
+            return False
+        given = call.func.value if is_call_of(call, "detach") else None  # type: ignore[attr-defined]
+        read = call.args if isinstance(call.func, ast.Name) else [given] if given else []
+        return name in {last_name(each) for each in read}
+
+    return _where(cls, is_dropped, elsewhere=False)
+
+
 def assignments(cls: type, name: str) -> list[Statement]:
     """Return where the methods of a class, but for ``__init__``, assign an attribute of this name."""
     return _where(cls, lambda node: _assigns(node, name), elsewhere=False, init=False)

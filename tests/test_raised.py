@@ -3455,6 +3455,81 @@ FILES = {
             torch.vmap(matrix)(model.weight.expand(3, 2)).sum().backward()
         """,
     ),
+    "where a result goes into the loss of a second pass": (
+        "Trying to backward through the graph a second time",
+        """
+        model = nn.Linear(2, 1)
+
+        def step():
+            out = model(torch.ones(3, 2)).sigmoid()
+            loss = nn.functional.mse_loss(out, torch.ones(3, 1))
+            loss.backward()
+            loss = nn.functional.mse_loss(out, torch.ones(3, 1))  # <- here
+            loss.backward()
+        """,
+    ),
+    "the caller that hands a fake to a critic": (
+        "Trying to backward through the graph a second time",
+        """
+        class Pair(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.generator, self.critic = nn.Linear(2, 2), nn.Linear(2, 1)
+
+            def critic_loss(self, fake):
+                return self.critic(fake).mean()
+
+            def generator_loss(self, fake):
+                return -self.critic(fake).mean()
+
+        model = Pair()
+
+        def step():
+            fake = model.generator(torch.ones(3, 2)).sigmoid()
+            wrong = model.critic_loss(fake)  # <- here
+            wrong.backward()
+            model.generator_loss(fake).backward()
+        """,
+    ),
+    "the result that is dropped": (
+        "Trying to backward through the graph a second time",
+        """
+        def repackaged(h):
+            return h.detach()
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.enc, self.hidden = nn.Linear(2, 2), torch.zeros(1, 2)
+
+            def forward(self, x):
+                repackaged(self.hidden)  # <- here
+                self.hidden = torch.tanh(self.enc(x) + self.hidden)
+                return self.hidden.sum()
+
+        model = Net()
+
+        def step():
+            for _ in range(2):
+                with diagnose(model):
+                    model(torch.ones(1, 2)).backward()
+        """,
+    ),
+    "the call that was given other tensors": (
+        "appears to not have been used in the graph",
+        """
+        model = nn.Sequential(nn.Linear(2, 1), nn.Tanh())
+
+        def penalty(score, inputs):
+            return torch.autograd.grad(score.sum(), inputs, create_graph=True)[0].square().sum()
+
+        def step():
+            real = torch.ones(3, 2)
+            copy = real.clone().requires_grad_(True)
+            score = model(real)  # <- here
+            penalty(score, [copy])
+        """,
+    ),
     "what took the dimension away": (
         "invalid index of a 0-dim tensor",
         """
