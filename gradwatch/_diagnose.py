@@ -102,6 +102,8 @@ class Inspection(BackwardListener):
         self.sizes = sizes
         self.sensor = Sensor(self.parameters, each=True)
         self._on_step = on_step
+        self.on_error: Callable[[Exception], None] | None = None
+        """Called at once with an error of a backward pass, where nobody would tell of it later."""
         self._followed: dict[tuple[int, ...], dict[str, list[Cut]]] = {}
         """What was followed from some of the losses alone, while parameters are explained."""
         self.unseen: frozenset[str] = frozenset()
@@ -177,6 +179,11 @@ class Inspection(BackwardListener):
             self.unseen |= written  # the optimizer steps and empties `.grad` inside of backward
         elif self._on_step is not None:
             self._on_step(written)
+
+    def after_failure(self, error: Exception) -> None:
+        """Hand on that a backward pass has raised."""
+        if self.on_error is not None:
+            self.on_error(error)
 
     def diagnose(self, statuses: Mapping[str, Status], step: int) -> tuple[Diagnosis, ...]:
         """Return one diagnosis per cause and site, the one that costs most parameters first.

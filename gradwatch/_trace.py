@@ -155,6 +155,9 @@ class BackwardListener:
     def before_step(self, written: frozenset[str]) -> None:
         """Hear that an optimizer is about to write these parameters."""
 
+    def after_failure(self, error: Exception) -> None:
+        """Hear that a backward pass has raised."""
+
 
 class Trace(Record):
     """Record the operations of everything that runs between ``start()`` and ``stop()``.
@@ -1017,8 +1020,10 @@ class Trace(Record):
             self.give_up(error)
         try:
             result = self._surrounded(func, args, kwargs, around)
-        except Exception:
+        except Exception as error:
             self.failed = Failed(place, numbers)
+            with self.paused():
+                self._listener.after_failure(error)
             raise
         try:
             self.know_gradients()

@@ -478,8 +478,7 @@ ERRORS = {
     ),
     "all_frozen": (
         "every parameter has `requires_grad=False`, so the loss has no history",
-        "leave `requires_grad` on for the parameters that should train, or let the input require grad, if its gradient "
-        "is what is wanted",
+        "leave `requires_grad` on for what should train, or let the input require grad if its gradient is wanted",
     ),
     "left_off": (
         "gradient mode was switched off, and is off still",

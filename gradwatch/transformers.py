@@ -5,13 +5,15 @@ judgement is the watcher's.
 
 Limits: the Trainer clips gradients before its event for the optimizer's step, so norms are those after clipping
 (``max_grad_norm=0`` turns clipping off). It tells of no exception: one that comes out of the model's own forward
-is seen, one from elsewhere leaves the step's trace to the next ``train()``.
+is seen at once. After one from elsewhere, in a step that is traced, the trace ends with the next call of any module.
 """
 
 from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING, Any
+
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from gradwatch._names import innermost
 from gradwatch.config import Config, load_config
@@ -28,6 +30,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Mapping
+    from types import FrameType
 
     from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -76,7 +79,12 @@ class GradWatchCallback(TrainerCallback):
         self._log_dir = log_dir if log_dir is None else as_folder(log_dir)
         self._given_sinks = as_sinks(sinks)
         self._watcher: Watcher | None = None
-        self._handle: Any = None
+        self._handles: list[Any] = []
+        self._guard: Any = None
+        self._loop: int | None = None
+        """The ``id`` of the frame of the loop that trains, while a step is traced."""
+        self._handled: BaseException | None = None
+        """What the program was about to handle when the training began."""
 
     @property
     def report(self) -> Report:
@@ -106,8 +114,10 @@ class GradWatchCallback(TrainerCallback):
             [kwargs["optimizer"]],
             writes=state.is_world_process_zero,
             every_n_steps=max(int(args.logging_steps), 1),
+            tells=False,
         )
-        self._handle = model.register_forward_hook(self._after_forward, always_call=True)
+        self._handled = sys.exc_info()[1]
+        self._handles.append(model.register_forward_hook(self._after_forward, always_call=True))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -117,6 +127,9 @@ class GradWatchCallback(TrainerCallback):
         if self._watcher is not None:
             self._watcher.begin_batch()
             self._watcher.before_backward()
+            if self._watcher.is_tracing and self._guard is None:
+                self._loop = id(_calling_loop(sys._getframe(1)))
+                self._guard = register_module_forward_pre_hook(self._end_with_the_loop)
 
     def on_pre_optimizer_step(
         self,
@@ -140,6 +153,8 @@ class GradWatchCallback(TrainerCallback):
         if self._watcher is not None:
             self._watcher.settle()
             self._watcher.end_batch()
+            if not self._watcher.is_tracing:
+                self._remove_guard()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -152,13 +167,34 @@ class GradWatchCallback(TrainerCallback):
         """Clean up where the model raised: no event tells of that."""
         del module, args, output
         error = sys.exc_info()[1]
-        if error is not None and self._watcher is not None:
+        if error not in {None, self._handled} and self._watcher is not None:
             self._watcher.interrupted(error)
             self._close()
 
+    def _end_with_the_loop(self, module: nn.Module, args: Any) -> None:
+        """End the watch where a module runs outside of the loop: an exception has ended it, of which no event tells."""
+        del module, args
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and id(frame) != self._loop:
+            frame = frame.f_back
+        if frame is None:
+            self._close()
+
+    def _remove_guard(self) -> None:
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
+
     def _close(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        self._remove_guard()
+        while self._handles:
+            self._handles.pop().remove()
         if self._watcher is not None:
             self._watcher.close()
+
+
+def _calling_loop(frame: FrameType | None) -> FrameType | None:
+    """Return the frame that has told of an event, below those that hand it on."""
+    while frame is not None and frame.f_globals.get("__name__") == TrainerCallback.__module__:
+        frame = frame.f_back
+    return frame

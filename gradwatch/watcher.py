@@ -160,6 +160,7 @@ class Watcher:
 
     # What ``begin()`` sets.
     _clips = False
+    _tells = True
     _by_hand = False
     _touched = False
     _late = False
@@ -450,6 +451,7 @@ class Watcher:
         first: bool = True,
         by_hand: bool = False,
         touched: bool = False,
+        tells: bool = True,
     ) -> None:
         """Begin the run, once optimizers and loggers exist.
 
@@ -468,8 +470,10 @@ class Watcher:
             by_hand: Whether the user may clip gradients between ``after_backward()`` and ``before_step()``.
             touched: Whether hooks of the user's may take gradients away between ``before_step()`` and the
                 optimizer's own step. Where they do, steps are judged after it from then on.
+            tells: Whether ``interrupted()`` will be called for every error of a step.
         """
         self._cost = Cost()
+        self._tells = tells
         self._optimizers = _as_optimizers(optimizers)
         self._complete = bool(self._optimizers)
         self._scaler = scaler if scaler is not None else self._scaler
@@ -537,6 +541,7 @@ class Watcher:
             self._inspection = Inspection(
                 self._names.parameters, self._names.modules, sizes=self._schedule.begin()
             )
+            self._inspection.on_error = None if self._tells else self._explain
         if self._inspection is not None and self._schedule.takes_batch():
             self._inspection.start()
 
@@ -755,6 +760,15 @@ class Watcher:
             self._schedule.want()  # a loop that goes on is traced again: nothing was judged
         if isinstance(error, Exception) and not isinstance(error, GradWatchError):
             add_note(error, inspection, self._model, self._ledger.holding)
+
+    def _explain(self, error: Exception) -> None:
+        """Add a note to an error of a backward pass of which nobody will tell later."""
+        add_note(error, self._inspection, self._model, self._ledger.holding)
+
+    @property
+    def is_tracing(self) -> bool:
+        """Whether the step that runs is traced."""
+        return self._inspection is not None
 
     @_harmless_always
     def close(self) -> None:

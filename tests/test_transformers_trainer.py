@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from gradwatch import Cause, DisconnectedParameterError
 from gradwatch.sinks import MemorySink
 from gradwatch.transformers import GradWatchCallback
+from tests.conftest import process_state
 
 
 class Net(nn.Module):
@@ -34,7 +35,11 @@ DATA = [{"x": torch.tensor([float(i), 1.0])} for i in range(16)]
 
 
 def trained(
-    model: nn.Module, folder: Any, *callbacks: TrainerCallback, **options: Any
+    model: nn.Module,
+    folder: Any,
+    *callbacks: TrainerCallback,
+    kind: type[Trainer] = Trainer,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Train, and return the weights."""
     torch.manual_seed(0)
@@ -51,7 +56,7 @@ def trained(
         "remove_unused_columns": False,
     } | options
     arguments = TrainingArguments(str(folder), **chosen)
-    Trainer(model, arguments, train_dataset=DATA, callbacks=list(callbacks)).train()
+    kind(model, arguments, train_dataset=DATA, callbacks=list(callbacks)).train()
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
@@ -60,7 +65,7 @@ def test_a_cut_is_named_and_training_is_the_same(accumulate: int, tmp_path):
     """The cut is diagnosed in the first step, every step is seen, and weights are equal to the bit."""
     sink = MemorySink()
     callback = GradWatchCallback(sinks=[sink], every_n_steps=1)
-    options = {"gradient_accumulation_steps": accumulate}
+    options: dict[str, Any] = {"gradient_accumulation_steps": accumulate}
     seen = trained(Net(cut=True), tmp_path, callback, **options)
     alone = trained(Net(cut=True), tmp_path, **options)
 
@@ -100,3 +105,60 @@ def test_an_error_of_the_models_leaves_nothing_behind(tmp_path):
 
     assert len(model._forward_hooks) == 0
     assert torch.overrides._get_current_function_mode_stack() == []
+
+
+class Raising(Trainer):
+    """Its loss raises, outside of the model."""
+
+    error: BaseException = ValueError("in the loss")
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        super().compute_loss(*args, **kwargs)
+        raise self.error
+
+
+class Interrupted(Raising):
+    error = KeyboardInterrupt()
+
+
+@pytest.mark.parametrize("kind", [Raising, Interrupted])
+def test_after_an_error_outside_of_the_model_the_next_module_ends_the_trace(
+    kind: type[Raising], tmp_path
+):
+    """Of such an error no event tells: what GradWatch has in torch goes when any module runs again."""
+    model, before = Net(cut=True), process_state()
+    with pytest.raises(type(kind.error)):
+        trained(model, tmp_path, GradWatchCallback(), kind=kind)
+
+    nn.Linear(2, 1)(torch.ones(1, 2))
+    assert process_state() == before
+    assert len(model._forward_hooks) == 0
+
+
+class Detaching(Trainer):
+    """Its loss has no history."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs).detach()
+
+
+def test_an_error_of_the_backward_pass_gets_its_note(tmp_path):
+    """A loss without a history is explained, though the Trainer tells of no exception."""
+    with pytest.raises(RuntimeError, match="does not require grad") as caught:
+        trained(Net(cut=True), tmp_path, GradWatchCallback(), kind=Detaching)
+
+    nn.Linear(2, 1)(torch.ones(1, 2))
+    (note,) = caught.value.__notes__
+    assert "return super().compute_loss(*args, **kwargs).detach()" in note
+
+
+def test_training_inside_of_an_except_block_is_watched(tmp_path):
+    """What the program was about to handle before is no error of the training."""
+    callback = GradWatchCallback(every_n_steps=1)
+    try:
+        (tmp_path / "checkpoint").read_bytes()
+    except OSError:
+        trained(Net(cut=True), tmp_path, callback)
+
+    assert [d.cause for d in callback.diagnoses] == [Cause.DETACHED]
+    assert callback.report.step == 7
