@@ -163,7 +163,7 @@ class Learned:
 
     def note_taken(self, names: Collection[str]) -> None:
         """Learn whose gradients an optimizer takes away within backward."""
-        if not self.taken.issuperset(names):
+        if names and not self.taken:
             _log.warning(_words.TAKEN_AWAY)
         self.taken = self.taken.union(names)
 

@@ -9,9 +9,11 @@ Limits: a module that the model does not register (in a plain list, say) has no 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -164,7 +166,7 @@ class Owners:
             for optimizer in self._optimizers
         ]
         everyone = set[str]().union(*owned)
-        self.known = bool(everyone) or self._holds_twins(names)
+        self.known = bool(everyone) or self._holds_others(names)
         """Whether it can be told which parameters are in none: not where optimizers hold copies of another kind."""
         loose = {name for name in names.parameters if complete and name not in everyone}
         self.orphans = tuple(name for name in names.parameters if name in loose)
@@ -183,12 +185,19 @@ class Owners:
         )
         """Tensors of the optimizers that the model does not have, with the shape of one that none owns."""
 
-    def _holds_twins(self, names: Names) -> bool:
-        """Tell whether the optimizers hold a tensor like each parameter: then they are of another copy of the model."""
-        held = {
-            _kind(p) for o in self._optimizers for group in o.param_groups for p in group["params"]
-        }
-        return bool(held) and held.issuperset(map(_kind, names.parameters.values()))
+    def _holds_others(self, names: Names) -> bool:
+        """Tell whether the optimizers hold tensors of another model, or of another copy of this one.
+
+        Copies of another type, one tensor with all values, or what one of several processes has are kept on purpose.
+        """
+        held = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
+        mine = names.parameters.values()
+        if not held or {*map(_kind, held)}.issuperset(map(_kind, mine)):
+            return bool(held)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return False
+        is_flat = sum(p.numel() for p in held) == sum(math.prod(shape_of(p)) for p in mine)
+        return not is_flat and not {*map(shape_of, held)}.issuperset(map(shape_of, mine))
 
     def size(self) -> int:
         """Return how many tensors the optimizers hold: it changes when groups are added."""

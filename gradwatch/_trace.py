@@ -241,15 +241,13 @@ class Trace(Record):
         self._inside.enter_context(_eager_regions())
         self._inside.enter_context(shown_without_the_trace())
         self._inside.enter_context(self._mode)
-        for handle in (
-            register_module_forward_pre_hook(self._enter_module),
-            register_module_forward_hook(self._leave_module, always_call=True),
-            register_module_parameter_registration_hook(self._note_registration),
-            register_module_module_registration_hook(self._note_module),
-            register_optimizer_step_pre_hook(self._before_step),
-            register_optimizer_step_post_hook(self._after_step),
-        ):
-            self._inside.callback(handle.remove)
+        leave = self._inside.callback  # one by one: Ctrl-C may come between
+        leave(register_module_forward_pre_hook(self._enter_module).remove)
+        leave(register_module_forward_hook(self._leave_module, always_call=True).remove)
+        leave(register_module_parameter_registration_hook(self._note_registration).remove)
+        leave(register_module_module_registration_hook(self._note_module).remove)
+        leave(register_optimizer_step_pre_hook(self._before_step).remove)
+        leave(register_optimizer_step_post_hook(self._after_step).remove)
 
     def leave(self) -> None:
         """Take the mode and the hooks away until ``start()`` is called again."""

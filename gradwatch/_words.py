@@ -184,6 +184,7 @@ BY_HAND = (
     "gradients are used up by hand within the step: their parameters are not judged; to have them watched, leave "
     "`.grad` as it is until the step ends, and clear it before the next backward pass"
 )
+NOTHING_LEFT = "`watch` in the configuration leaves out every parameter: nothing is watched"
 TAKEN_AWAY = (
     "an optimizer steps inside of backward and empties `.grad`: the gradients of its parameters cannot be "
     "seen, and nothing is said about them"

@@ -42,7 +42,7 @@ from gradwatch._schedule import Schedule
 from gradwatch._stats import Sensor, is_deepspeed, is_hidden, is_searching, scale_left
 from gradwatch._terms import Terms
 from gradwatch._trace import has_closure
-from gradwatch.config import Config, load_config
+from gradwatch.config import Config, WatchConfig, load_config
 from gradwatch.errors import DisconnectedParameterError, GradientAlertError, GradWatchError
 from gradwatch.report import Action, Alert, Cause, Diagnosis, GradStats, Report, Status
 from gradwatch.rules import Judge, Observation, worst
@@ -227,6 +227,9 @@ class Watcher:
         self._inspection: Inspection | None = None
         self._schedule = Schedule(automatic=self.config.trace == "auto")
         self._backwards = 0
+        if scaler is not None and not hasattr(scaler, "get_scale"):
+            found = type(scaler).__name__
+            raise TypeError(f"`Watcher(scaler=...)`: expected a GradScaler, found `{found}`")
         self._scaler = scaler
         self._unshared: list[Diagnosis] = []
         self._learned = Learned()
@@ -236,6 +239,7 @@ class Watcher:
         self._last: tuple[int, int] | None = None
         self._terms = Terms()
         self._judge: Judge | None = None
+        self._is_entered = False
 
     @property
     def diagnoses(self) -> tuple[Diagnosis, ...]:
@@ -245,13 +249,21 @@ class Watcher:
     # A hand-written loop ------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
+        if self._judge is not None:
+            self._go_on()
+        self._is_entered = True
         self.begin(self._optimizers)
-        for handle in (
-            register_optimizer_step_pre_hook(self._before_plain_step),
-            register_optimizer_step_post_hook(self._after_plain_step),
-        ):
-            self._plain.callback(handle.remove)
+        self._plain.callback(register_optimizer_step_pre_hook(self._before_plain_step).remove)
+        self._plain.callback(register_optimizer_step_post_hook(self._after_plain_step).remove)
         return self
+
+    def _go_on(self) -> None:
+        """Take up a run that was closed, as when a notebook's cell is run again: its first step is traced."""
+        self._saved = self.state_dict()
+        self._off, self._stepped, self._held = False, False, None
+        self._schedule = Schedule(automatic=self.config.trace == "auto")
+        self._ledger.recovered.clear()
+        vars(self).pop("_sensor", None)
 
     def __exit__(
         self,
@@ -265,6 +277,7 @@ class Watcher:
                 self.interrupted(error)
             self.close()
         finally:
+            self._is_entered = False
             self._plain.close()
 
     @contextmanager
@@ -275,7 +288,7 @@ class Watcher:
             GradientAlertError: A rule with ``action: abort`` fired.
             RuntimeError: The ``with`` block of the watcher itself was not entered.
         """
-        if self._judge is None and not self._off:
+        if not self._is_entered:
             raise RuntimeError("`watcher.step()` belongs inside of `with watcher:`")
         self.begin_batch()
         self.before_backward()
@@ -519,7 +532,13 @@ class Watcher:
 
     def _say_unmatched(self, judge: Judge) -> None:
         """Say which globs of the configuration match nothing, so that they do nothing."""
-        unmatched = self.config.watch.unmatched(names_of(self._model).known())
+        known = names_of(self._model).known()
+        unmatched = self.config.watch.unmatched(known)
+        scalars = self.config.tensorboard.scalars
+        if not isinstance(scalars, str):
+            unmatched += WatchConfig(include=scalars).unmatched(known)
+        if known and not (unmatched or self._names.parameters):
+            _log.warning(_words.NOTHING_LEFT)
         unmatched += judge.unmatched() if self._names.parameters else []
         if unmatched:
             _log.warning("no parameter matches %s of the configuration", _words.listed(unmatched))

@@ -187,14 +187,26 @@ def test_all_parameters_are_covered_without_an_optimizer():
     assert not owners.changed()
 
 
-def test_tensors_that_the_model_does_not_hold_are_passed_over():
-    """A tensor in a group that is no parameter of the model has no owner to be told."""
+@pytest.mark.parametrize(
+    ("shapes", "dtype", "known"),
+    [
+        ([(6,)], torch.float32, False),
+        ([(2, 2), (2,)], torch.float64, False),
+        ([(2, 2), (2,)], torch.float32, True),
+        ([(1,)], torch.float32, True),
+        ([(3, 2), (3,)], torch.float32, True),
+    ],
+    ids=["flat", "master copies", "another copy", "another tensor", "a wider model"],
+)
+def test_what_optimizers_hold_in_place_of_the_parameters_tells_whose_they_are(shapes, dtype, known):
+    """Copies of another type, or one flat copy, are kept on purpose; all else is of another model."""
     names = names_of(nn.Linear(2, 2))
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)
+    held = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
+    optimizer = torch.optim.SGD(held, 0.1)
 
     owners = Owners(names, [optimizer])
 
-    assert not owners.known
+    assert owners.known == known
     assert owners.covered(optimizer) == ("weight", "bias")
 
 

@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import random
+import subprocess
 import sys
 from collections import Counter
 from contextlib import suppress
@@ -30,6 +31,7 @@ from gradwatch import (
 )
 from gradwatch._words import shown_path
 from gradwatch.sinks import MemorySink
+from tests.conftest import process_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -578,6 +580,63 @@ def test_globs_that_match_nothing_are_named_once(caplog: pytest.LogCaptureFixtur
     ]
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            {"tensorboard": {"scalars": "allways"}},
+            "no parameter matches `allways` of the configuration",
+        ),
+        (
+            {"watch": {"exclude": "*"}},
+            "`watch` in the configuration leaves out every parameter: nothing is watched",
+        ),
+    ],
+    ids=["a misspelt word", "everything left out"],
+)
+def test_a_configuration_that_does_nothing_is_told(config, words, caplog):
+    """A word that was taken for a glob, and a `watch` that leaves nothing, are in one log record."""
+    with Run(Healthy(), config) as run:
+        run.step()
+
+    assert [record.getMessage() for record in caplog.records] == [words]
+
+
+def test_something_else_than_a_scaler_is_refused():
+    """What cannot tell a scale is an error at once, with what was found."""
+    with pytest.raises(TypeError, match=r"expected a GradScaler, found `str`"):
+        Watcher(Healthy(), scaler="x")
+
+
+def test_many_optimizers_inside_of_backward_are_said_once(caplog):
+    """Of optimizers that step inside of backward, one for each parameter, one line tells."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizers = {p: torch.optim.SGD([p], 0.1) for p in model.parameters()}
+
+    def step(parameter: Any) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    with Watcher(model) as watcher:
+        for _ in range(3):
+            with watcher.step():
+                model(torch.ones(1, 2)).mean().backward()
+
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("steps inside of backward" in text for text in said) == 1
+
+
+def test_the_first_use_draws_no_random_number():
+    """What GradWatch imports where it is used first leaves Python's random numbers as they are."""
+    script = (
+        "import random, torch, gradwatch; random.seed(0); state = random.getstate(); "
+        "gradwatch.Watcher(torch.nn.Linear(2, 1)); gradwatch.GradWatch; assert random.getstate() == state"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)  # noqa: S603 -- our own
+
+
 def test_a_diagnosis_heals_when_all_of_its_parameters_do():
     """A diagnosis of two parameters holds as long as one of them gets no gradient."""
     with Run(Fork("left", "right", "rest"), PATIENT) as run:
@@ -1065,15 +1124,44 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path):
         pass
 
 
-def test_a_watcher_that_was_closed_stays_silent():
-    """After the block a watcher watches nothing any more, and its report stays readable."""
+def test_after_its_block_a_watcher_watches_nothing():
+    """A step outside of the block is an error that says so, and the last report stays readable."""
     with Run(Detached(), PATIENT) as run:
         run.step()
-    run.step(2)
+    with pytest.raises(RuntimeError, match="belongs inside of `with watcher:`"):
+        run.step()
     run.watcher.close()
 
     assert [report.step for report in run.sink.reports] == [0]
     assert run.watcher.report == run.sink.reports[0]
+
+
+def test_a_watcher_that_was_closed_within_its_block_is_silent():
+    """A loop may go on after `close()`: what it does then is not watched."""
+    with Run(Detached(), PATIENT) as run:
+        run.step()
+        run.watcher.close()
+        run.step(2)
+
+    assert [report.step for report in run.sink.reports] == [0]
+
+
+def test_a_block_that_is_entered_again_goes_on():
+    """A notebook's cell that is run again is watched from its first step: what was mended heals, what broke is found."""
+    with Run(Detached(), PATIENT) as run:
+        run.step(2)
+    before = process_state()
+    for kind in (Healthy, Detached):
+        run.model.__class__ = kind
+        with run:
+            run.step(2)
+
+    assert [(d.cause, d.step, d.healed_at) for d in run.watcher.diagnoses] == [
+        (Cause.DETACHED, 0, 2),
+        (Cause.DETACHED, 4, None),
+    ]
+    assert run.watcher.report.step == 4
+    assert process_state() == before
 
 
 def test_an_exception_in_a_step_passes_through_with_a_note():
@@ -1437,13 +1525,14 @@ def test_an_optimizer_of_another_copy_of_the_model_is_named():
     older = torch.optim.SGD(Growing().parameters(), 0.1)
     before = torch.optim.SGD(assigned.parameters(), 0.1)
     assigned.load_state_dict(Growing().state_dict(), assign=True)
-    other = torch.optim.SGD([nn.Parameter(torch.zeros(3))], 0.1)  # perhaps flattened copies
+    wider = torch.optim.SGD(nn.Linear(3, 7).parameters(), 0.1)
+    everything = torch.cat([p.detach().flatten() for p in model.parameters()])
+    flat = torch.optim.SGD([nn.Parameter(everything)], 0.1)
 
-    found = [
-        told(watched_five(*pair)) for pair in ((model, older), (assigned, before), (model, other))
-    ]
+    pairs = ((model, older), (assigned, before), (model, wider), (model, flat))
+    found = [told(watched_five(*pair)) for pair in pairs]
 
-    assert found == [[("not_in_optimizer", everyone)]] * 2 + [[]]
+    assert found == [[("not_in_optimizer", everyone)]] * 3 + [[]]
 
 
 def test_a_layer_that_is_replaced_in_a_run_is_in_no_optimizer():

@@ -9,17 +9,22 @@ nothing in a name is taken for markup. A stream that is gone is no reason to end
 from __future__ import annotations
 
 import os
+import random
 import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from io import StringIO
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console, detect_legacy_windows
-from rich.text import Text
-
 from gradwatch.explain import healed, render, summary_line
 from gradwatch.report import Action, Status
+
+_drawn = random.getstate()
+# Rich draws random numbers where it is imported first, and these are the user's.
+from rich.console import Console, detect_legacy_windows  # noqa: E402
+from rich.text import Text  # noqa: E402
+
+random.setstate(_drawn)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
