@@ -379,8 +379,9 @@ class Watcher:
 
     @_harmless
     def note_raw_backward(self) -> None:
-        """Say once that a backward pass came by another way than the trainer's."""
-        if not self._said_raw:
+        """Say once that a backward pass came by another way than the trainer's, where the trace has seen one."""
+        passes = () if self._inspection is None else self._inspection.trace.backwards
+        if not self._said_raw and any(backward.accumulates for backward in passes):
             self._said_raw = True
             _log.warning(_words.RAW_BACKWARD)
 

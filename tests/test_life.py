@@ -313,6 +313,41 @@ class Manual(Raw):
         optimizer.step()
 
 
+class ByHand(Raw):
+    """What `autograd.grad` gives is assigned, so that no backward pass fills any gradient."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        loss = self.head(self.body(batch)).pow(2).mean()
+        parameters = list(self.parameters())
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(loss, parameters), strict=True
+        ):
+            parameter.grad = gradient
+        optimizer.step()
+
+
+class Late(Manual):
+    """Each step uses the gradients of the batch before."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.step()
+        optimizer.zero_grad()
+        self.manual_backward(self.head(self.body(batch)).pow(2).mean())
+
+
+@pytest.mark.parametrize("model", [ByHand, Late])
+def test_gradients_without_a_raw_backward_are_no_reason_to_name_one(
+    model: Any, caplog: pytest.LogCaptureFixture
+):
+    """Where nobody calls `loss.backward()` nobody is told to call something else."""
+    train(model())
+
+    said = [record.getMessage() for record in caplog.records if record.name == "gradwatch"]
+    assert [text for text in said if "self.manual_backward(loss)" in text] == []
+
+
 @pytest.mark.parametrize(("model", "count"), [(Raw, 1), (Manual, 0)])
 def test_a_raw_backward_is_pointed_out_once(
     model: Any, count: int, caplog: pytest.LogCaptureFixture
