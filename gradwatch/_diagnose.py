@@ -880,6 +880,14 @@ def undetermined(statuses: Mapping[str, Status], step: int) -> tuple[Diagnosis, 
     return grouped(findings, statuses, step, {}, tuple(statuses))
 
 
+def _grouped_at(found: Finding) -> tuple[object, ...] | None:
+    """Return the place that parameters have to share: of a library that runs without gradients, the user's call."""
+    site = found.site
+    if site is not None and site.caller is not None and found.cause is Cause.NO_GRAD:
+        site = site.caller
+    return None if site is None else (site.file, site.line, site.column, site.end_column)
+
+
 def grouped(
     findings: Mapping[str, Finding],
     statuses: Mapping[str, Status],
@@ -898,9 +906,7 @@ def grouped(
     """
     groups: dict[object, list[str]] = {}
     for name, found in findings.items():
-        site = found.site
-        place = None if site is None else (site.file, site.line, site.column, site.end_column)
-        groups.setdefault((found.cause, place), []).append(name)
+        groups.setdefault((found.cause, _grouped_at(found)), []).append(name)
     made = []
     for names in groups.values():
         found = findings[names[0]]

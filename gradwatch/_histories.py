@@ -117,9 +117,39 @@ def no_history(raised: Raised) -> str | None:
     if not wanting:
         return all_frozen(raised.model, raised.trace)
     found = raised.inspection.diagnose(dict.fromkeys(wanting, Status.MISSING), 0)
-    # What was frozen on purpose is seldom what is wrong, and another parameter may have been frozen by mistake.
-    told = sorted(found, key=lambda d: (d.site is None, d.cause is Cause.FROZEN))[:1]
+    told = _to_blame(raised.trace, found)
     return _computed_off(raised, told) or _told(raised, told) if told else None
+
+
+def _to_blame(trace: Trace, found: Iterable[Diagnosis]) -> list[Diagnosis]:
+    """Return the diagnosis that says most about a loss without a history.
+
+    What was frozen on purpose is seldom what is wrong, and another parameter may have been frozen by mistake. Of
+    several cuts the one behind the last parameter on the way ends all: those before it may be meant.
+    """
+    read, aside = _last_reads(trace), {Cause.UNUSED, Cause.NOT_IN_LOSS}
+    ranked = sorted(
+        found,
+        key=lambda d: (
+            d.site is None,
+            d.cause is Cause.FROZEN,
+            d.cause in aside,
+            -max(read.get(name, -1) for name in d.parameters),
+        ),
+    )
+    if ranked and ranked[0].cause is Cause.NO_GRAD:  # of one block the line that costs most
+        return [d for d in found if d.cause is Cause.NO_GRAD][:1]
+    return ranked[:1]
+
+
+def _last_reads(trace: Trace) -> dict[str, int]:
+    """Return the last operation that read each parameter."""
+    values, last = trace.values, dict[str, int]()
+    for op in trace.ops:
+        for name in (values[number].parameter for number in op.inputs):
+            if name is not None:
+                last[name] = op.index
+    return last
 
 
 def _told(raised: Raised, told: list[Diagnosis]) -> str:

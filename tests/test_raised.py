@@ -2388,6 +2388,20 @@ class SparseGradientsClipped(Net):
         nn.utils.clip_grad_norm_(self.table.parameters(), 1.0)
 
 
+class ProbeWithACutLoss(Net):
+    """Of two cuts the last one ends all: the one before it is meant."""
+
+    words = "does not require grad and does not have a grad_fn"
+    advice = "warning[detached]: `head.*` get no gradient"
+
+    def forward(self, x):
+        return self.head(self.enc(x).detach()).mean()
+
+    def run(self, x):
+        loss = self(x).detach()  # <- here
+        loss.backward()
+
+
 CASES = [
     value
     for value in globals().values()

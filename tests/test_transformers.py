@@ -163,3 +163,30 @@ def test_the_page_lists_what_was_found():
     assert sorted(rows) == sorted(
         (case, glob, cause) for case, finds in FINDS.items() for cause, glob in finds
     )
+
+
+def test_a_library_that_runs_without_gradients_is_one_diagnosis():
+    """A backbone under `no_grad` is named once, at the user's call, whatever lines of the library it runs."""
+    config = transformers.BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=16,
+    )
+    model = torch.nn.ModuleDict(
+        {"backbone": transformers.BertModel(config), "head": torch.nn.Linear(8, 2)}
+    )
+
+    with diagnose(model) as diagnosis:
+        with torch.no_grad():
+            hidden = model["backbone"](torch.ones(1, 4, dtype=torch.long)).pooler_output
+        model["head"](hidden).mean().backward()
+
+    (found,) = diagnosis.report.diagnoses
+    assert found.cause == "no_grad"
+    assert len(found.parameters) == sum(
+        name.startswith("backbone") for name in diagnosis.report.statuses
+    )
+    assert found.site.caller.file == __file__
