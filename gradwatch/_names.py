@@ -132,6 +132,18 @@ def names_of(model: nn.Module) -> Names:
     return Names(parameters, modules, aliases)
 
 
+def parameter_at(model: nn.Module, name: str) -> Tensor | None:
+    """Return the parameter that a model has now under a name that ``names_of`` gave, None where there is none."""
+    *path, short = name.split(".")
+    module = unwrap(model)
+    for part in path:
+        child = dict(module.named_children()).get(part)
+        if child is None:
+            return None
+        module = unwrap(child)
+    return dict(module.named_parameters(recurse=False)).get(short)
+
+
 def _walk(module: nn.Module, path: str, above: set[int]) -> Iterator[tuple[str, nn.Module]]:
     """Yield each module under each of its paths; one that holds itself is not entered again."""
     if id(module) in above:

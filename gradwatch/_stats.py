@@ -68,6 +68,7 @@ class Sensor:
         self._clears = False
         """Whether the user's loop leaves no gradient behind at the end of a step."""
         self._lagging: frozenset[int] = frozenset()
+        self._since_whole = 0
         self._renewals = 0
         """Steps in a row in which every gradient that was held before was replaced by another object."""
         self._renews: bool | None = None
@@ -131,9 +132,10 @@ class Sensor:
         """Note what is there when a backward pass begins.
 
         Args:
-            whole: Whether to note it of every parameter, also where a few would tell.
+            whole: Whether to note it of every parameter once in a while, also where a few would tell.
         """
         self._samples = []
+        self._since_whole += 1
         if self._clears and self._held is self._first is None:
             # The step before left nothing; what came in between is applied with this step's.
             self._held = self._first = _NOTHING
@@ -142,11 +144,13 @@ class Sensor:
         if len(self._arrived) == len(self.names) and not self._each:
             self._held = None  # nothing is left to be found out
             return
-        if not whole and self._renewals >= _ENOUGH and self._first is None:
+        is_due = whole and self._since_whole >= _RARELY
+        if self._renewals >= _ENOUGH and self._first is None and not is_due:
             self._samples = self._sampled()
             if self._samples:
                 self._held = self._first = _NOTHING
                 return
+        self._since_whole = 0
         self._held = _NOTHING if all(self._nones()) else _Held.of(self._gradients())
         self._first = self._first or self._held
 
@@ -372,6 +376,8 @@ _AGAIN = 2
 _ENOUGH = 3
 """Steps after which a loop is taken for one that replaces its gradients."""
 _SAMPLES = 16
+_RARELY = 10
+"""Steps after which all gradients are looked at again, where that is asked for."""
 _NOTHING = _Held([], [])
 _grad, _wants = attrgetter("grad"), attrgetter("requires_grad")
 _dtype = attrgetter("dtype")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from gradwatch import _words
+from gradwatch import _words, explain
 from gradwatch.report import Action, Alert
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Terms:
                 else:
                     self.reached[name] = ()
                 if not self.reached[name] and name not in self._dead:
-                    self._dead[name] = _words.term_reaches_nothing(name, *_place_of(cut))
+                    self._dead[name] = _words.term_reaches_nothing(name, *_told_of(cut))
 
     def alerts(self, step: int) -> tuple[Alert, ...]:
         """Return what is to be said of terms that reach nothing, once."""
@@ -69,8 +69,10 @@ class Terms:
         return replace(report, terms=dict(self.reached), alerts=(*report.alerts, *alerts))
 
 
-def _place_of(cut: Finding | None) -> tuple[str | None, str | None]:
-    """Return the cause and the place of a cut, as words."""
+def _told_of(cut: Finding | None) -> tuple[str | None, str | None, str | None]:
+    """Return the cause and the place of a cut, and the way out where it is a derivative, as words."""
     if cut is None or cut.site is None:
-        return None, None
-    return str(cut.cause), _words.place(cut.site)
+        return None, None, None
+    is_slope = cut.operation == "torch.autograd.grad"
+    advice = explain.help_for(cut.cause, cut.operation, site=cut.site) if is_slope else None
+    return str(cut.cause), _words.place(cut.site), advice

@@ -901,10 +901,14 @@ def frozen_too(folded: str, where: str | None) -> str:
     return f"`requires_grad` is False for {folded}{at}"
 
 
-def term_reaches_nothing(term: str, cause: str | None, at: str | None) -> str:
-    """Say that a term of the loss trains nothing, and where it was cut off."""
+def term_reaches_nothing(
+    term: str, cause: str | None, at: str | None, advice: str | None = None
+) -> str:
+    """Say that a term of the loss trains nothing, where it was cut off, and the way out where it is known."""
     text = f"the loss term `{printable(term)}` reaches no parameter"
-    return text if cause is None or at is None else f"{text}: `{cause}` at {at}"
+    if cause is not None and at is not None:
+        text += f": `{cause}` at {at}"
+    return text if advice is None else f"{text} ({advice})"
 
 
 def cost(own: float, seconds: float) -> str:

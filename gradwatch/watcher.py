@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from itertools import compress
+from itertools import compress, islice
 from operator import attrgetter, not_
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
@@ -36,7 +36,7 @@ from gradwatch._diagnose import (
 )
 from gradwatch._distributed import Exchange, Group, is_flattened
 from gradwatch._ledger import Facts, Learned, Ledger
-from gradwatch._names import Owners, checked, innermost, is_compiled, names_of
+from gradwatch._names import Owners, checked, innermost, is_compiled, names_of, parameter_at
 from gradwatch._raised import add_note
 from gradwatch._schedule import Schedule
 from gradwatch._stats import Sensor, is_deepspeed, is_hidden, is_searching, scale_left
@@ -65,6 +65,8 @@ MIN_SECONDS = 60.0
 MAX_RARER = 16
 """How many times rarer norms may be measured at once, to keep a budget."""
 
+_LOOKS = 20
+"""Parameters without a gradient of which it is looked at a time whether they are still the model's."""
 _log = logging.getLogger("gradwatch")
 _wants = attrgetter("requires_grad")
 _P = ParamSpec("_P")
@@ -238,6 +240,8 @@ class Watcher:
         self._written: frozenset[str] = frozenset()
         self._last: tuple[int, int] | None = None
         self._terms = Terms()
+        self._absent: list[str] = []
+        """Names of those that had no gradient when it was looked whether they are still the model's."""
         self._judge: Judge | None = None
         self._is_entered = False
 
@@ -1016,8 +1020,13 @@ class Watcher:
         return {} if scale == 1.0 else dict.fromkeys(covered, scale)
 
     def _facts(self, covered: tuple[str, ...]) -> Facts:
-        parameters = self._names.parameters
         absent = self._sensor.missing()
+        if absent and absent != self._absent:
+            if any(map(self._is_replaced, islice(absent, _LOOKS))):
+                self._look_at_model(midway=True)
+                absent = self._sensor.missing()
+            self._absent = absent
+        parameters = self._names.parameters
         if absent:
             chosen = frozenset(covered)
             absent = [name for name in absent if name in chosen]
@@ -1036,6 +1045,11 @@ class Watcher:
             frozen=lambda: self._frozen(covered),
             unseen=[name for name in covered if name in hidden] if hidden else [],
         )
+
+    def _is_replaced(self, name: str) -> bool:
+        """Tell whether the model has another parameter of a name than the one that is watched."""
+        found = parameter_at(self._model, name)
+        return found is not None and found is not self._names.parameters.get(name)
 
     def _emptied_before(self, covered: tuple[str, ...]) -> list[str]:
         """Return those that hold the very gradients which an earlier step has emptied: zeros, as far as is known."""

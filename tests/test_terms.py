@@ -68,6 +68,21 @@ def test_a_term_that_reaches_nothing_is_said_once_with_its_line():
     assert [report.step for report in sink.reports] == [0, 1, 2]
 
 
+def test_a_penalty_on_a_derivative_without_a_graph_is_told_the_way_out():
+    """A term made of `autograd.grad` without `create_graph=True` says that this is what it lacks."""
+    model, sink = nn.Linear(2, 1), MemorySink()
+    with Watcher(model, sinks=[sink]) as watcher, watcher.step():
+        x = torch.ones(1, 2, requires_grad=True)
+        out = model(x).sigmoid().sum()
+        (slope,) = torch.autograd.grad(out, x, retain_graph=True)
+        watcher.loss_terms(fit=out, penalty=slope.square().sum())
+        out.backward()
+
+    ((_, message),) = messages(sink)
+    assert message.startswith("the loss term `penalty` reaches no parameter: `no_grad` at ")
+    assert message.endswith("(pass `create_graph=True`, so that the result has a history)")
+
+
 def test_terms_that_reach_something_are_only_reported():
     """Terms that reach parameters are listed with them, and nothing is said."""
     watcher, sink = watched(cut=False)

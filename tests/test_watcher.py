@@ -1547,6 +1547,26 @@ def test_a_layer_that_is_replaced_in_a_run_is_in_no_optimizer():
     assert told(watcher) == [("not_in_optimizer", ("u.weight", "u.bias"))]
 
 
+@pytest.mark.parametrize("every", [1, 50])
+def test_a_parameter_that_is_replaced_twice_is_in_no_optimizer_and_not_missing(every: int):
+    """What the model holds now is watched: it gets a gradient in every step, and no optimizer has it."""
+    model = Growing()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sink = MemorySink()
+    with Watcher(model, optimizers=[optimizer], every_n_steps=every, sinks=[sink]) as watcher:
+        for step in range(25):
+            with watcher.step():
+                optimizer.zero_grad()
+                if step in {3, 11}:
+                    model.u.weight = nn.Parameter(model.u.weight.detach() * 2)
+                model(torch.ones(1, 2)).sum().backward()
+                optimizer.step()
+
+    assert told(watcher) == [("not_in_optimizer", ("u.weight",))]
+    assert [alert.rule for report in sink.reports for alert in report.alerts] == []
+    assert watcher.report.statuses["u.weight"] is Status.OK
+
+
 def test_what_is_frozen_after_its_diagnosis_is_said_to_be_frozen(capsys):
     """A diagnosis ends with the freezing of its parameters, and nobody is told that they got a gradient again."""
     model = Growing(cut=True)
