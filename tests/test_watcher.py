@@ -584,15 +584,15 @@ def test_globs_that_match_nothing_are_named_once(caplog: pytest.LogCaptureFixtur
     ("config", "words"),
     [
         (
-            {"tensorboard": {"scalars": "allways"}},
-            "no parameter matches `allways` of the configuration",
+            {"tensorboard": {"scalars": "sometimes"}},
+            "no parameter matches `sometimes` of the configuration",
         ),
         (
             {"watch": {"exclude": "*"}},
             "`watch` in the configuration leaves out every parameter: nothing is watched",
         ),
     ],
-    ids=["a misspelt word", "everything left out"],
+    ids=["another word", "everything left out"],
 )
 def test_a_configuration_that_does_nothing_is_told(config, words, caplog):
     """A word that was taken for a glob, and a `watch` that leaves nothing, are in one log record."""
