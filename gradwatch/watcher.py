@@ -1047,7 +1047,12 @@ class Watcher:
         )
 
     def _is_replaced(self, name: str) -> bool:
-        """Tell whether the model has another parameter of a name than the one that is watched."""
+        """Tell whether the model has another parameter of a name than the one that is watched.
+
+        A sharded model has other ones for a while, which it puts together itself.
+        """
+        if self._group is not None and self._group.sharded:
+            return False
         found = parameter_at(self._model, name)
         return found is not None and found is not self._names.parameters.get(name)
 
