@@ -35,7 +35,8 @@ def shown_without_the_trace() -> Iterator[None]:
     """Show each warning at the user's line, and not at the trace's that has made the call."""
     global _traces, _shown_by  # noqa: PLW0603 -- what shows warnings is global, and traces may overlap
     if not _traces:
-        _shown_by, warnings.showwarning = warnings.showwarning, _show
+        if warnings.showwarning is not _show:  # which a block of the user's may have put back
+            _shown_by, warnings.showwarning = warnings.showwarning, _show
         if any(action == "error" for action, *_ in warnings.filters):
             _filters.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", re.escape(_ABOUT_HOOKS))

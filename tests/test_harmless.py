@@ -673,3 +673,29 @@ def test_a_filter_for_errors_makes_an_error_of_a_warning_in_a_traced_step_too():
     ):
         warnings.simplefilter("error")
         nn.functional.mse_loss(model(torch.ones(4, 2)), torch.ones(4))
+
+
+def test_a_block_of_warnings_that_outlives_a_traced_step_ends_no_later_one():
+    """What such a block puts back shows warnings once more, in this traced step and in the next."""
+    lines: list[tuple[str, str, int]] = []
+
+    def run() -> None:
+        model = nn.Linear(2, 1)
+        block = warnings.catch_warnings()
+        with diagnose(model):
+            block.__enter__()
+            model(torch.ones(1, 2)).sum().backward()
+        block.__exit__(None, None, None)
+        with diagnose(model):
+            warning_step(model)
+
+    show = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, category, filename, lineno, *rest: lines.append(
+            (str(message), filename, lineno)
+        )
+        run()
+    assert warnings.showwarning is show
+    assert [file for _, file, _ in lines] == [__file__] * 5
