@@ -44,8 +44,8 @@ class Sensor:
 
     Cost:
         Two passes over ``.grad`` for each step, in C, 0.1 microseconds a parameter each; weak references
-        and versions are taken only where a gradient was held before, and of a few where all are replaced. No kernel, no synchronization, and
-        no gradient is kept alive.
+        and versions are taken only where a gradient was held before, and of a few where all are replaced.
+        No kernel, no synchronization, and no gradient is kept alive.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], *, each: bool = False) -> None:
@@ -179,9 +179,8 @@ class Sensor:
             # What is there will be gone at the end; what is not counts as new, should it not be.
             self._held = self._first = _NOTHING
         elif self._renewals >= _ENOUGH and not again and len(names) == len(self.names):
-            self._held = self._first = (
-                None  # what is there will be replaced after the next step begins
-            )
+            # What is there will be replaced after the next step begins.
+            self._held = self._first = None
         else:
             self.before()
 

@@ -167,9 +167,10 @@ class GradWatchCallback(TrainerCallback):
         """Clean up where the model raised: no event tells of that."""
         del module, args, output
         error = sys.exc_info()[1]
-        if error not in {None, self._handled} and self._watcher is not None:
-            self._watcher.interrupted(error)
-            self._close()
+        if error is None or error is self._handled or self._watcher is None:
+            return
+        self._watcher.interrupted(error)
+        self._close()
 
     def _end_with_the_loop(self, module: nn.Module, args: Any) -> None:
         """End the watch where a module runs outside of the loop: an exception has ended it, of which no event tells."""
@@ -187,6 +188,7 @@ class GradWatchCallback(TrainerCallback):
 
     def _close(self) -> None:
         self._remove_guard()
+        self._handled = None
         while self._handles:
             self._handles.pop().remove()
         if self._watcher is not None:

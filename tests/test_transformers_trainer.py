@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,6 +16,13 @@ from gradwatch.transformers import GradWatchCallback
 from tests.conftest import process_state
 
 
+@dataclass
+class OwnError(ValueError):
+    """One that can be compared, and so not be in a set."""
+
+    words: str
+
+
 class Net(nn.Module):
     """Two branches, of which one is cut off, or not."""
 
@@ -26,7 +34,7 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         right = self.right(x)
         if self.fails:
-            raise ValueError("the user's own")
+            raise OwnError("the user's own")
         right = right.detach() if self.cut else right
         return {"loss": (self.left(x) + right).square().mean()}
 
@@ -100,7 +108,7 @@ def test_stop_and_abort_end_the_training(tmp_path):
 def test_an_error_of_the_models_leaves_nothing_behind(tmp_path):
     """An exception in the model's forward passes through, and neither trace nor hook is left."""
     model = Net(cut=False, fails=True)
-    with pytest.raises(ValueError, match="the user's own"):
+    with pytest.raises(OwnError, match="the user's own"):
         trained(model, tmp_path, GradWatchCallback())
 
     assert len(model._forward_hooks) == 0
