@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGET = 12.0
-"""Seconds for the steps of one way on one model, as far as that makes sense."""
-FEWEST, MOST = 10, 600
+SECONDS, MORE_SECONDS = 12, 40
+"""For the steps of one way on one model; more for those whose cost is near to what bare steps differ by."""
+FEWEST, MOST = 10, 1200
 """Pairs of a watched and a bare step."""
 WARM = 3
 TO_HOST = frozenset(["tolist", "numpy", "cpu"])
@@ -97,6 +97,8 @@ class Way:
     """Whether a bare step of the same model is one that this way does not touch."""
     whole = 1
     """Steps after which everything has happened once, at the last of them."""
+    seconds = SECONDS
+    """Time for its steps on one model."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -124,6 +126,8 @@ class Way:
 
 class Floor(Way):
     """All norms in one fused pass, and one copy to the host: nothing can be cheaper that knows them."""
+
+    seconds = MORE_SECONDS
 
     def watch(self) -> None:
         torch.stack(
@@ -235,6 +239,7 @@ class Watched(Way):
 
     every = EVERY
     whole = EVERY
+    seconds = MORE_SECONDS
     writes = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -360,8 +365,8 @@ def row(
     way = kind(make())
     bare = way.bare if way.looks_away else Way(make()).bare
     # The first steps warm up, and GradWatch traces one of them.
-    both = sum(took(step) for _ in range(WARM) for step in (bare, way.step)) / WARM
-    fitting = int(BUDGET * 1e3 / both)
+    both = [took(bare) + took(way.step) for _ in range(WARM)]
+    fitting = int(way.seconds * 1e3 / min(both))
     count = way.whole if quick else max(min(fitting, MOST), FEWEST, 2 * way.whole)
     pairs: list[tuple[float, float]] = []
     for turn in range(count):

@@ -204,7 +204,6 @@ class Ledger:
     def __init__(self) -> None:
         self._made: list[Diagnosis] = []
         self._open: dict[str, tuple[Status, int]] = {}
-        self.knows_orphans = False
         self.recovered: set[str] = set()
         """Names of those that were diagnosed once and got a gradient again."""
 

@@ -14,10 +14,8 @@ import functools
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import compress, islice
-from operator import attrgetter, not_
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 from torch import Tensor
@@ -28,24 +26,22 @@ from torch.optim.optimizer import (
 
 from gradwatch import _words, explain
 from gradwatch._cost import Cost
-from gradwatch._diagnose import (
-    Inspection,
-    not_in_optimizer,
-    not_registered,
-    undetermined,
-)
-from gradwatch._distributed import Exchange, Group, is_flattened
-from gradwatch._ledger import Facts, Learned, Ledger
-from gradwatch._names import Owners, checked, innermost, is_compiled, names_of, parameter_at
+from gradwatch._diagnose import Inspection
+from gradwatch._distributed import Group, is_flattened
+from gradwatch._judgement import Judgement, Moment
+from gradwatch._ledger import Ledger
+from gradwatch._names import checked, innermost, is_compiled, names_of
 from gradwatch._raised import add_note
 from gradwatch._schedule import Schedule
-from gradwatch._stats import Sensor, is_deepspeed, is_hidden, is_searching, scale_left
+from gradwatch._stats import is_deepspeed
 from gradwatch._terms import Terms
 from gradwatch._trace import has_closure
+from gradwatch._watched import Watched
 from gradwatch.config import Config, WatchConfig, load_config
 from gradwatch.errors import DisconnectedParameterError, GradientAlertError, GradWatchError
-from gradwatch.report import Action, Alert, Cause, Diagnosis, GradStats, Report, Status
-from gradwatch.rules import Judge, Observation, worst
+from gradwatch.report import Action, Report, Status
+from gradwatch.rules import worst
+from gradwatch.sinks._outlet import Outlet
 from gradwatch.sinks.console import ConsoleSink
 from gradwatch.sinks.standard import as_folder, as_sinks, standard_sinks
 
@@ -56,19 +52,16 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from gradwatch.report import Alert, Diagnosis, GradStats
+    from gradwatch.rules import Judge
     from gradwatch.sinks import Sink
 
-PATIENCE = 10
-"""Steps without a gradient after which one that had come back is looked into again."""
 MIN_SECONDS = 60.0
 """A shorter run is not told what it cost: its first step, which is traced, counts too much."""
 MAX_RARER = 16
 """How many times rarer norms may be measured at once, to keep a budget."""
 
-_LOOKS = 20
-"""Parameters without a gradient of which it is looked at a time whether they are still the model's."""
 _log = logging.getLogger("gradwatch")
-_wants = attrgetter("requires_grad")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -177,15 +170,12 @@ class Watcher:
     """What was measured before the user could clip."""
     _compiled = False
     _writes = True
-    _maker: Callable[..., Any] | None = None
     _group: Group | None = None
+    _judgement: Judgement | None = None
     _said_raw = False
     _said_outside = False
     _moved: frozenset[int] = frozenset()
     """Positions of the optimizers that have stepped."""
-    _knows_unregistered = False
-    _elsewhere: frozenset[int] = frozenset()
-    """The ``id`` of what optimizers write that are not watched, until it was looked for."""
     _in_step = False
     _waits = False
     """Whether a block was left in which no optimizer has stepped."""
@@ -214,10 +204,9 @@ class Watcher:
         self._model = checked(model, "Watcher(model)")
         self._cost = Cost()
         self._optimizers = _checked_optimizers(optimizers)
-        self._complete = bool(self._optimizers)
         self._log_dir = log_dir if log_dir is None else as_folder(log_dir)
         self._given_sinks = as_sinks(sinks)
-        self._sinks: list[Sink] = []
+        self._outlet = Outlet()
         self._every = self.config.log.every_n_steps or 50
         self._ledger = Ledger()
         self._saved: Mapping[str, Any] = {}
@@ -233,16 +222,11 @@ class Watcher:
             found = type(scaler).__name__
             raise TypeError(f"`Watcher(scaler=...)`: expected a GradScaler, found `{found}`")
         self._scaler = scaler
-        self._unshared: list[Diagnosis] = []
-        self._learned = Learned()
         self._held: tuple[Report, Any] | None = None
         self._stepped = False
         self._written: frozenset[str] = frozenset()
         self._last: tuple[int, int] | None = None
         self._terms = Terms()
-        self._absent: list[str] = []
-        """Names of those that had no gradient when it was looked whether they are still the model's."""
-        self._judge: Judge | None = None
         self._is_entered = False
 
     @property
@@ -253,7 +237,7 @@ class Watcher:
     # A hand-written loop ------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        if self._judge is not None:
+        if self._judgement is not None:
             self._go_on()
         self._is_entered = True
         self.begin(self._optimizers)
@@ -267,7 +251,6 @@ class Watcher:
         self._off, self._stepped, self._held = False, False, None
         self._schedule = Schedule(automatic=self.config.trace == "auto")
         self._ledger.recovered.clear()
-        vars(self).pop("_sensor", None)
 
     def __exit__(
         self,
@@ -306,7 +289,7 @@ class Watcher:
             self._in_step = False
             self._waits = not self._stepped
         self._had_block = True
-        if self._optimizers:
+        if self._known_optimizers:
             self.settle()
         else:
             self.after_backward()
@@ -320,8 +303,7 @@ class Watcher:
     def _is_idle(self) -> bool:
         """Tell whether no gradient has arrived at all, nor any backward pass been seen: it was no step of training."""
         seen = self._inspection is not None and self._inspection.trace.backwards
-        wanting = sum(map(_wants, self._names.parameters.values()))
-        return not seen and len(self._sensor.missing()) == wanting
+        return not seen and self._watched.nothing_arrived()
 
     @_harmless_hook
     def _before_plain_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -336,7 +318,7 @@ class Watcher:
 
     def _judge_in_hook(self, optimizer: Any) -> None:
         if self._off and self._group is not None:
-            if optimizer in self._optimizers:
+            if optimizer in self._known_optimizers:
                 self._keep_company()
         elif self._is_ours(optimizer):
             if self._in_step or self._waits_for(optimizer):
@@ -344,27 +326,17 @@ class Watcher:
             else:
                 self._note_outside()
 
-    def _is_ours(self, optimizer: Any) -> bool:
-        """Tell whether an optimizer is watched; any with our parameters is, also one that was not named.
+    @property
+    def _known_optimizers(self) -> tuple[Any, ...]:
+        """Those that were named, and those that were seen to step."""
+        return self._optimizers if self._judgement is None else self._watched.optimizers
 
-        Of a wrapper and the optimizer inside of it, both of which step, the first one counts.
-        """
-        if self._off or self._judge is None:
-            return False
-        if self._owners.holds(optimizer):
-            return True
-        ours = {id(parameter) for parameter in self._names.parameters.values()}
-        held = _tensors_of(optimizer)
-        if ours.isdisjoint(held):
-            if not self._knows_unregistered:
-                self._elsewhere |= held
-            return False
-        names = self._names.parameters.items()
-        if any(name in self._written for name, p in names if id(p) in held):
-            return False
-        self._optimizers = (*self._optimizers, optimizer)
-        self._look_at_model(midway=True)
-        return True
+    def _is_ours(self, optimizer: Any) -> bool:
+        return (
+            not self._off
+            and self._judgement is not None
+            and self._watched.takes(optimizer, self._written)
+        )
 
     # Where nothing tells when a backward pass begins and ends ------------------------------------
 
@@ -391,7 +363,7 @@ class Watcher:
 
     def _waits_for(self, optimizer: Any) -> bool:
         """Tell whether an optimizer steps late: after the block whose gradients it takes."""
-        return self._waits and self._written.isdisjoint(self._owners.owned(optimizer))
+        return self._waits and self._written.isdisjoint(self._watched.owners.owned(optimizer))
 
     def _note_outside(self) -> None:
         """Say once that an optimizer has stepped where no step is watched."""
@@ -438,6 +410,18 @@ class Watcher:
             scalars.pop("loss", None)
             self._terms.learn(scalars, self._inspection, meant=False)
 
+    def _keep_company(self) -> None:
+        """After a failure of ours, tell the other ranks at their next collective that this one is off."""
+        self._stepped = True
+        if self._group is None:
+            return
+        try:
+            assert self._judgement is not None  # noqa: S101 -- one that never began cannot tell
+            self._judgement.apologize(self._now)
+        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            self._group = None
+            _log.warning("the other ranks could not be told", exc_info=error)
+
     def _say_terms(self) -> None:
         """Report the terms that were learned of when the step had been judged."""
         before, self.report = self.report, self._terms.added_to(self.report)
@@ -448,7 +432,7 @@ class Watcher:
     @_harmless
     def settle(self) -> None:
         """Keep what accumulates for a step to come, and forget what ``zero_grad`` did after one."""
-        self._sensor.settle(self._written)
+        self._watched.sensor.settle(self._written)
 
     # What an adapter calls, in this order -------------------------------------------------------
 
@@ -493,7 +477,6 @@ class Watcher:
         self._cost = Cost()
         self._tells = tells
         self._optimizers = _as_optimizers(optimizers)
-        self._complete = bool(self._optimizers)
         self._scaler = scaler if scaler is not None else self._scaler
         if clips or touched:
             # Right before the step, or inside of it, where Lightning runs forward and backward as a closure.
@@ -501,7 +484,6 @@ class Watcher:
                 self._plain.callback(register(self._after_hooks).remove)
         self._every = self.config.log.every_n_steps or max(every_n_steps, 1)
         self._clips, self._by_hand = clips, by_hand
-        self._maker = maker
         self._group = Group.of(self._model, around)
         # All ranks must judge at the same place.
         self._touched = self._late = self._on_trial = touched and self._group is None
@@ -510,30 +492,43 @@ class Watcher:
             _log.warning(_words.FLATTENED)
             self._off = True
             return
-        self._look_at_model()
+        self._watched = Watched(
+            self._model, self._optimizers, holds=self.config.watch.holds, group=self._group
+        )
+        parameters = self._watched.names.parameters
         self._compiled = compiled or is_compiled(self._model)
         if self._compiled:
             # Eager kernels round otherwise and draw other dropout masks: not without need.
             self._schedule.forget()
         if self._writes:
-            self._sinks = standard_sinks(
-                tuple(self._names.parameters),
-                loggers=loggers,
-                log_dir=self._log_dir,
-                jsonl=self.config.log.jsonl,
-                prefix="_".join(filter(None, [self.config.tensorboard.prefix, name])),
-                history=first,
-                scalars=self.config.tensorboard.scalars,
+            self._outlet.add(
+                standard_sinks(
+                    tuple(parameters),
+                    loggers=loggers,
+                    log_dir=self._log_dir,
+                    jsonl=self.config.log.jsonl,
+                    prefix="_".join(filter(None, [self.config.tensorboard.prefix, name])),
+                    history=first,
+                    scalars=self.config.tensorboard.scalars,
+                )
             )
-        self._sinks += self._given_sinks
-        if any(map(is_deepspeed, self._names.parameters.values())):
+        self._outlet.add(self._given_sinks)
+        if any(map(is_deepspeed, parameters.values())):
             _log.warning(_words.DEEPSPEED)
-        self._judge = Judge(
-            self.config.rules, self.config.contract, self._names.aliases, self._names.parameters
+        self._judgement = Judgement(
+            self._watched,
+            self.config,
+            ledger=self._ledger,
+            schedule=self._schedule,
+            terms=self._terms,
+            group=self._group,
+            scaler=self._scaler,
+            cost=self._cost,
+            maker=maker,
         )
-        self._judge.load_state_dict(self._saved.get("judge", {}))
+        self._judgement.rules.load_state_dict(self._saved.get("judge", {}))
         if self._writes:
-            self._say_unmatched(self._judge)
+            self._say_unmatched(self._judgement.rules)
 
     def _say_unmatched(self, judge: Judge) -> None:
         """Say which globs of the configuration match nothing, so that they do nothing."""
@@ -542,9 +537,10 @@ class Watcher:
         scalars = self.config.tensorboard.scalars
         if not isinstance(scalars, str):
             unmatched += WatchConfig(include=scalars).unmatched(known)
-        if known and not (unmatched or self._names.parameters):
+        left = self._watched.names.parameters
+        if known and not (unmatched or left):
             _log.warning(_words.NOTHING_LEFT)
-        unmatched += judge.unmatched() if self._names.parameters else []
+        unmatched += judge.unmatched() if left else []
         if unmatched:
             _log.warning("no parameter matches %s of the configuration", _words.listed(unmatched))
 
@@ -556,14 +552,15 @@ class Watcher:
         self._cost.begin_batch()
         self._written = frozenset()
         if self._inspection is None and self._schedule.is_due:
-            self._look_at_model()
+            self._watched.look()
             if self._compiled and not self._schedule.traces:
                 _log.warning(
                     "the model is compiled, and is run without compilation for this step, to find "
                     "the cause of what is wrong; `trace: never` in the configuration prevents it"
                 )
+            names = self._watched.names
             self._inspection = Inspection(
-                self._names.parameters, self._names.modules, sizes=self._schedule.begin()
+                names.parameters, names.modules, sizes=self._schedule.begin()
             )
             self._inspection.on_error = None if self._tells else self._explain
         if self._inspection is not None and self._schedule.takes_batch():
@@ -572,7 +569,7 @@ class Watcher:
     @_harmless
     def before_backward(self) -> None:
         """Note that a backward pass is about to begin."""
-        self._sensor.before(whole=self._is_logged or self._inspection is not None)
+        self._watched.sensor.before(whole=self._is_logged or self._inspection is not None)
 
     @_harmless
     def after_backward(self, *, seen: bool = True) -> None:
@@ -581,55 +578,26 @@ class Watcher:
         Args:
             seen: Whether that is just now, and not at some time before.
         """
-        self._sensor.after()
+        self._watched.sensor.after()
         self._backwards += 1
-        if seen and self._by_hand and self._is_logged and not (self._group and self._group.sharded):
-            self._measure_early()
-        if self._group is not None and self._group.needs_every_gradient():
-            self._check_ddp(self._group)
-
-    def _measure_early(self) -> None:
-        """Take the norms right after a backward pass, before the user can clip them."""
-        facts = Facts([], list, [])
-        with nullcontext() if self._inspection is None else self._inspection.trace.paused():
-            names = tuple(self._names.parameters)
-            facts.measure(self._names.parameters, self._scales(names, None))
-        self._early = facts.stats
-
-    def _check_ddp(self, group: Group) -> None:
-        """Say at once what DDP will fail over, before it does, and without asking other processes."""
-        if self._sensor.is_complete:
+        judgement, group = self._judgement, self._group
+        if judgement is None:
             return
-        latest = self._sensor.latest
-        missing = {
-            name: Status.MISSING
-            for name, parameter in self._names.parameters.items()
-            if parameter.requires_grad and name not in latest and not is_hidden(parameter)
-        }
-        new = {name: missing[name] for name in self._ledger.unknown(missing, missing)}
-        group.broken = group.broken or bool(missing)
-        if not new:
-            return
-        with nullcontext() if self._inspection is None else self._inspection.trace.paused():
-            found = (
-                undetermined(new, self._steps)
-                if self._inspection is None
-                else self._inspection.diagnose(new, self._steps)
-            )
-        waits = _words.ddp_waits(group.rank, group.size)
-        found = tuple(
-            replace(diagnosis, notes=(*diagnosis.notes, waits), help=_words.DDP_HELP)
-            for diagnosis in found
-        )
-        self._ledger.add(found)
-        if not self._writes:
-            self._sinks.append(ConsoleSink(names=tuple(self._names.parameters)))
-        statuses = {n: missing.get(n, Status.OK) for n in self._names.parameters}
-        self._write(
-            Report(
-                step=self._steps, statuses=statuses, diagnoses=found, aliases=self._names.aliases
-            )
-        )
+        if seen and self._by_hand and self._is_logged and not (group and group.sharded):
+            self._early = judgement.early(self._now)
+        report = None if group is None else judgement.ahead_of_ddp(self._now)
+        if report is not None:
+            if not self._writes:
+                self._outlet.add([ConsoleSink(names=tuple(self._watched.names.parameters))])
+            self._write(report)
+
+    @property
+    def _is_logged(self) -> bool:
+        return (self._batches + 1) % self._every == 0
+
+    @property
+    def _now(self) -> Moment:
+        return Moment(self._steps, self._batches, self._is_logged, self._inspection, self._early)
 
     @_harmless_always
     def before_step(self, optimizer: Any, *, step: int | None = None, seen: bool = True) -> None:
@@ -648,39 +616,46 @@ class Watcher:
         elif self._late:
             self._due = optimizer, step
             if self._on_trial:
-                self._sensor.missing()
-            if self._is_logged:
-                self._measure_early()
+                self._watched.sensor.missing()
+            if self._is_logged and self._judgement is not None:
+                self._early = self._judgement.early(self._now)
         else:
             self._before_step(optimizer, step, seen=seen)
             self._judged_for = optimizer
 
     def _before_step(self, optimizer: Any, step: int | None, *, seen: bool) -> None:
-        if self._judge is None or not self._anything_ran():
+        if self._judgement is None or not self._anything_ran():
             return
-        if self._owners.changed():
-            self._look_at_model(midway=True)
-        covered = self._owners.covered(optimizer)
+        watched = self._watched
+        if watched.owners.changed():
+            watched.look(midway=True)
+        covered = watched.owners.covered(optimizer)
         if step is not None:
             again, self._last = self._last == (step, id(optimizer)), (step, id(optimizer))
             if again:  # LBFGS evaluates its closure many times within one step
-                self._sensor.restart(covered)
+                watched.sensor.restart(covered)
                 return
             self._steps = step
-        report = self._judged(covered, optimizer)
-        chosen = self._owners.chosen(optimizer)
+        judged = self._judgement.of(covered, optimizer, self._now)
+        chosen = watched.owners.chosen(optimizer)
         if seen:
-            self._sensor.restart(covered)
+            watched.sensor.restart(covered)
         else:
-            self._sensor.judged(covered, again=not self._written.isdisjoint(chosen))
+            watched.sensor.judged(covered, again=not self._written.isdisjoint(chosen))
         self._written = self._written | chosen if self._written else chosen
-        place = self._owners.position(optimizer)
+        place = watched.owners.position(optimizer)
         if place not in self._moved:
             self._moved |= {place}
         self._steps += 1
         self._stepped = True
-        if report is not None:
-            self._deliver(report, optimizer)
+        if judged is not None:
+            self.report, is_news = judged
+            if is_news:
+                self._deliver(optimizer)
+
+    def _anything_ran(self) -> bool:
+        seen = self._inspection is not None and self._inspection.passes
+        return bool(self._backwards or seen)
 
     @_harmless_hook
     def _after_hooks(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -691,7 +666,7 @@ class Watcher:
             self._judge_due(*self._due)
         elif self._judged_for is optimizer:
             self._judged_for = None
-            if self._touched and not self._sensor.is_as_told():
+            if self._touched and not self._watched.sensor.is_as_told():
                 self._late = True
                 self._schedule.want()
         self._hand_on(optimizer)
@@ -700,7 +675,7 @@ class Watcher:
         """Judge a step that has waited for the user's hooks to run."""
         self._due = None
         if self._on_trial:
-            self._on_trial, self._late = False, not self._sensor.is_as_told()
+            self._on_trial, self._late = False, not self._watched.sensor.is_as_told()
         self._before_step(optimizer, step, seen=True)
 
     def _hand_on(self, optimizer: Any = None) -> None:
@@ -708,13 +683,8 @@ class Watcher:
         if self._held is None or (optimizer is not None and self._held[1] is not optimizer):
             return
         (report, held), self._held = self._held, None
-        if optimizer is not None:
-            facts = Facts([], list, [])
-            facts.measure(
-                {name: self._names.parameters[name] for name in self._owners.owned(held)},
-                self._scales(self._owners.owned(held), held),
-            )
-            report = replace(report, clipped_norm=facts.stats.total)
+        if optimizer is not None and self._judgement is not None:
+            report = replace(report, clipped_norm=self._judgement.clipped(held))
         self._write(report)
 
     @_harmless_always
@@ -736,7 +706,7 @@ class Watcher:
             self._inspection.leave()
             if self._stepped:
                 self._inspection.stop()
-                self._find_unregistered(self._inspection)
+                self._say_unregistered(self._inspection)
                 self._inspection = None
                 self._schedule.end(self._written)
         self._hand_on()
@@ -746,26 +716,18 @@ class Watcher:
             self._early = None
             self._backwards = 0
             self._batches += 1
-            self._tell_sinks(lambda sink: getattr(sink, "flush", _nothing)())
+            self._outlet.flush()
             if logged:
                 self._keep_budget()
 
-    def _find_unregistered(self, inspection: Inspection) -> None:
+    def _say_unregistered(self, inspection: Inspection) -> None:
         """Report parameters that the loss leads to, and that neither the model nor an optimizer knows of."""
-        if self._knows_unregistered or not self._owners.known or self._group is not None:
-            return
-        self._knows_unregistered = True
-        known = {id(parameter) for parameter in names_of(self._model).parameters.values()}
-        known |= self._elsewhere.union(*map(_tensors_of, self._optimizers))
-        reached = inspection.reached - known
-        found = not_registered(
-            self._model, lambda p: p.requires_grad and id(p) in reached, self._steps - 1
-        )
+        found = self._watched.unregistered(inspection, self._steps - 1)
+        found = tuple(d for d in found if not self._ledger.orphans.issuperset(d.parameters))
         if found:
             self._ledger.add(found)
             self.report = replace(self.report, diagnoses=self._ledger.holding)
-            news = replace(self.report, logged=False, norms={}, alerts=())
-            self._tell_sinks(lambda sink: sink.write(news))
+            self._outlet.write(replace(self.report, logged=False, norms={}, alerts=()))
 
     def _keep_budget(self) -> None:
         """Measure less often where watching takes more than its share of the time."""
@@ -811,35 +773,34 @@ class Watcher:
         """Say which optimizers never stepped, so that nothing is known of their parameters."""
         if (self._backwards or self._had_block) and not self._steps:
             _log.warning(_words.NO_STEP)
-        stepped = (o for place, o in enumerate(self._optimizers) if place in self._moved)
-        moved = {name for optimizer in stepped for name in self._owners.owned(optimizer)}
-        for place, optimizer in enumerate(self._optimizers if self._steps and self._writes else ()):
-            names = [name for name in self._owners.owned(optimizer) if name not in moved]
+        if self._judgement is None:
+            return
+        watched = self._watched
+        stepped = (o for place, o in enumerate(watched.optimizers) if place in self._moved)
+        moved = {name for optimizer in stepped for name in watched.owners.owned(optimizer)}
+        told = watched.optimizers if self._steps and self._writes else ()
+        for place, optimizer in enumerate(told):
+            names = [name for name in watched.owners.owned(optimizer) if name not in moved]
             if place not in self._moved and names:
-                folded = explain.fold(names, tuple(self._names.parameters))
+                folded = explain.fold(names, tuple(watched.names.parameters))
                 _log.warning(_words.never_stepped(place, folded))
 
     def _say_cost(self) -> None:
         """Say what watching took: aloud where the run was long enough for that to mean something."""
         line = _words.cost(self._cost.own, self._cost.seconds)
         _log.info(line)
-        for sink in self._sinks:
-            if isinstance(sink, ConsoleSink) and self._cost.seconds >= MIN_SECONDS:
-                sink.say(f"note: {line}")
+        if self._cost.seconds >= MIN_SECONDS:
+            self._outlet.say(f"note: {line}")
 
     def _end(self) -> None:
         self._stop_inspection()
         self._off = True
-        sinks, self._sinks = self._sinks, []
-        for sink in sinks:
-            try:
-                sink.close()
-            except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
-                _log.warning("a sink could not be closed", exc_info=error)
+        self._outlet.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters and streaks as plain values."""
-        judge = self._saved.get("judge", {}) if self._judge is None else self._judge.state_dict()
+        judgement, saved = self._judgement, self._saved.get("judge", {})
+        judge = saved if judgement is None else judgement.rules.state_dict()
         return {"version": 1, "steps": self._steps, "batches": self._batches, "judge": judge}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -847,8 +808,8 @@ class Watcher:
         self._saved = dict(state)
         self._steps = int(state.get("steps", 0))
         self._batches = int(state.get("batches", 0))
-        if self._judge is not None:
-            self._judge.load_state_dict(self._saved.get("judge", {}))
+        if self._judgement is not None:
+            self._judgement.rules.load_state_dict(self._saved.get("judge", {}))
 
     def _stop_inspection(self) -> Inspection | None:
         """Stop the trace for good, and return it if there was one."""
@@ -860,293 +821,11 @@ class Watcher:
                 _log.warning("a trace could not be stopped", exc_info=error)
         return inspection
 
-    # One step -----------------------------------------------------------------------------------
+    # What is said of a step --------------------------------------------------------------------
 
-    def _look_at_model(self, *, midway: bool = False) -> None:
-        """Take the parameters and their owners as they are now; what arrived so far is kept.
-
-        Args:
-            midway: Whether a backward pass of this step has been: what is there then counts as its own.
-        """
-        self._names = names_of(self._model).where(self.config.watch.holds)
-        self._owners = Owners(self._names, self._optimizers, complete=self._complete)
-        known = getattr(self, "_sensor", None)
-        if known is None or not known.watches(self._names.parameters):
-            self._sensor = Sensor(self._names.parameters, each=self._group is not None)
-            if midway:
-                self._sensor.assume()
-            if known is not None:  # what is new may be in no optimizer
-                self._ledger.knows_orphans = False
-
-    def _anything_ran(self) -> bool:
-        seen = self._inspection is not None and self._inspection.passes
-        return bool(self._backwards or seen)
-
-    def _judged(self, covered: tuple[str, ...], optimizer: Any) -> Report | None:
-        """Return the report of a step, None where there is nothing to say."""
-        if (
-            self._is_quiet()
-            and not self._sensor.missing()
-            and self._sensor.lagging <= self._learned.well
-        ):
-            return None
-        # What is computed here is no part of the user's program.
-        with nullcontext() if self._inspection is None else self._inspection.trace.paused():
-            return self._judged_aside(covered, optimizer)
-
-    def _is_quiet(self) -> bool:
-        """Tell whether nothing is left to be said, counted or ended, should every gradient be there."""
-        assert self._judge is not None  # noqa: S101 -- checked by the caller
-        return not (
-            self._is_logged
-            or self._inspection is not None
-            or self._group is not None
-            or self._schedule.hunting
-            or self._judge.counts
-            or self._ledger.is_open
-            or (self._owners.known and not self._ledger.knows_orphans)
-        )
-
-    def _judged_aside(self, covered: tuple[str, ...], optimizer: Any) -> Report | None:
-        logged = self._is_logged
-        clipped: float | None = None
-        exchange = self._exchange()
-        facts = self._facts(covered)
-        if exchange is not None:
-            exchange.news = bool(self._unshared or self._unexplained(facts))
-        if self._can_measure(exchange):
-            total = exchange.total if exchange is not None and exchange.group.sharded else None
-            parameters = self._names.parameters
-            if len(covered) < len(parameters):
-                parameters = {name: parameters[name] for name in covered}
-            orphans = self._owners.orphans if self._owners.known else ()
-            scales, dtype = self._scales(covered, optimizer), self._sensor.dtype
-            facts.measure(parameters, scales, total, orphans, dtype)
-            if logged and self._early is not None:
-                owned = self._owners.owned(optimizer)
-                clipped = facts.before_clipping(self._early, parameters, owned)
-        facts.hold_emptied(self._emptied_before(covered))
-        searching = bool(facts.stats.nonfinite) and is_searching(self._scaler)
-        if searching:
-            facts.bad = [n for n in facts.bad if facts.statuses[n] is not Status.NONFINITE]
-        observation = Observation(
-            self._steps,
-            covered,
-            facts.missing,
-            facts.frozen if logged or self.config.contract else (),
-            facts.unseen,
-            logged,
-            facts.not_ok if logged else {},
-            facts.stats.norms if logged else {},
-            searching=searching,
-        )
-        assert self._judge is not None  # noqa: S101 -- checked by the caller
-        alerts = self._judge.observe(observation)
-        healed = self._ledger.heal(covered, facts, self._steps, self._owners.orphans)
-        found = self._diagnosed(covered, facts)
-        if exchange is not None:
-            found, alerts = self._shared(exchange, found, alerts)
-        elif self._group is not None:
-            self._unshared += found
-        self._ledger.add(found)
-        self._plan(facts)
-        alerts += self._terms.alerts(self._steps)
-        tells = bool(logged or alerts or healed or found)
-        if not (tells or self._inspection is not None):
-            return None
-        report = Report(
-            step=self._steps,
-            optimizer=self._owners.position(optimizer),
-            logged=logged,
-            statuses=facts.statuses if facts.measured else facts.complete(covered),
-            norms=facts.stats.norms if logged else {},
-            total_norm=facts.stats.total if logged else None,
-            clipped_norm=clipped,
-            aliases=self._names.aliases,
-            diagnoses=(*self._ledger.holding, *healed),
-            alerts=alerts,
-            batch=self._batches,
-            cost=self._cost.share,
-            terms=dict(self._terms.reached),
-        )
-        if not tells:  # it is for whoever asks, and no news
-            self.report = report
-            return None
-        return report
-
-    @property
-    def _is_logged(self) -> bool:
-        return (self._batches + 1) % self._every == 0
-
-    def _exchange(self) -> Exchange | None:
-        """Return the collective of this step: only its number may decide whether there is one."""
-        group = self._group
-        if group is None or group.broken or not (self._is_logged or self._batches == 0):
-            return None
-        return Exchange(group, tuple(self._names.parameters))
-
-    def _can_measure(self, exchange: Exchange | None) -> bool:
-        """Tell whether the norms are taken in this step: parts of gradients only together."""
-        if self._group is not None and self._group.sharded:
-            return exchange is not None
-        return self._is_logged or self._inspection is not None
-
-    def _shared(
-        self, exchange: Exchange, found: tuple[Diagnosis, ...], alerts: tuple[Alert, ...]
-    ) -> tuple[tuple[Diagnosis, ...], tuple[Alert, ...]]:
-        """Return what is new on any rank, and the alerts of all."""
-        exchange.news = exchange.news or bool(found or alerts)
-        if not exchange.finish():
-            return found, alerts
-        mine = {name for diagnosis in self._unshared for name in diagnosis.parameters}
-        found, alerts = exchange.group.share((*self._unshared, *found), alerts)
-        self._unshared = []
-        return tuple(d for d in found if not mine.issuperset(d.parameters)), alerts
-
-    def _keep_company(self) -> None:
-        """After a failure of ours, tell the other ranks at their next collective that this one is off."""
-        try:
-            exchange = self._exchange()
-            if exchange is not None:
-                exchange.apologize()
-        except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
-            self._group = None
-            _log.warning("the other ranks could not be told", exc_info=error)
-        self._stepped = True
-
-    def _scales(self, covered: tuple[str, ...], optimizer: Any) -> dict[str, float]:
-        """Return what the gradients of an optimizer are still multiplied with."""
-        scale = 1.0 if self._scaler is None else scale_left(self._scaler, optimizer)
-        return {} if scale == 1.0 else dict.fromkeys(covered, scale)
-
-    def _facts(self, covered: tuple[str, ...]) -> Facts:
-        absent = self._sensor.missing()
-        if absent and absent != self._absent:
-            if any(map(self._is_replaced, islice(absent, _LOOKS))):
-                self._look_at_model(midway=True)
-                absent = self._sensor.missing()
-            self._absent = absent
-        parameters = self._names.parameters
-        if absent:
-            chosen = frozenset(covered)
-            absent = [name for name in absent if name in chosen]
-        if self._inspection is not None:
-            self._learned.note_taken(self._inspection.unseen)
-            emptied = self._inspection.cleared
-            absent += [name for name in covered if name in emptied and name not in absent]
-            if absent and not self._optimizers:
-                self._learned.note_by_hand(self._inspection.by_hand.intersection(absent))
-        absent += self._left_at_zero(covered, absent)
-        taken = self._learned.taken
-        hidden = {name for name in absent if name in taken or is_hidden(parameters[name])}
-        hidden |= self._learned.used_up.intersection(covered)
-        return Facts(
-            missing=[name for name in absent if name not in hidden],
-            frozen=lambda: self._frozen(covered),
-            unseen=[name for name in covered if name in hidden] if hidden else [],
-        )
-
-    def _is_replaced(self, name: str) -> bool:
-        """Tell whether the model has another parameter of a name than the one that is watched.
-
-        A sharded model has other ones for a while, which it puts together itself.
-        """
-        if self._group is not None and self._group.sharded:
-            return False
-        found = parameter_at(self._model, name)
-        return found is not None and found is not self._names.parameters.get(name)
-
-    def _emptied_before(self, covered: tuple[str, ...]) -> list[str]:
-        """Return those that hold the very gradients which an earlier step has emptied: zeros, as far as is known."""
-        made = [d for d in self._ledger.holding if d.cause is Cause.CLEARED]
-        if not made or self._inspection is not None:
-            return []
-        names = {name for diagnosis in made for name in diagnosis.parameters}
-        names -= self._sensor.renewed
-        return [name for name in covered if name in names]
-
-    def _left_at_zero(self, covered: tuple[str, ...], absent: Sequence[str]) -> list[str]:
-        """Return those whose gradients are zeros of ``zero_grad`` that nothing was added to."""
-        lagging = self._sensor.lagging.intersection(covered).difference(absent)
-        inspection = self._inspection
-        if inspection is None:
-            self._learned.doubt(lagging)
-        whole = inspection is not None and self._schedule.saw_all
-        received = inspection.received if inspection is not None and whole else None
-        left = self._learned.left_at_zero(lagging, received)
-        return [name for name in covered if name in left] if left else []
-
-    def _frozen(self, covered: tuple[str, ...]) -> list[str]:
-        """Return those that want no gradient; nearly always that is nobody, or always the same."""
-        parameters = self._names.parameters
-        if all(map(_wants, parameters.values())):
-            return []
-        return list(compress(covered, map(not_, map(_wants, map(parameters.__getitem__, covered)))))
-
-    def _diagnosed(self, covered: tuple[str, ...], facts: Facts) -> tuple[Diagnosis, ...]:
-        """Return what this step shows that is not known yet."""
-        meant = self._unexplained(facts)
-        found: list[Diagnosis] = []
-        orphans = [name for name in self._owners.orphans if name in covered]
-        # What was frozen when the optimizer was made may have been unfrozen since.
-        if self._owners.known and (self._is_logged or not self._ledger.knows_orphans):
-            self._ledger.knows_orphans = True
-            told = self._ledger.orphans
-            wanting = [
-                name
-                for name in orphans
-                if self._names.parameters[name].requires_grad and name not in told
-            ]
-            statuses = facts.complete(covered)
-            found += not_in_optimizer(
-                [name for name in wanting if self._needs_a_gradient(name)],
-                statuses,
-                self._steps,
-                strangers=self._owners.strangers,
-                maker=self._maker,
-            )
-        open_ = {name: facts.statuses[name] for name in meant}
-        if any(d.cause is Cause.NONFINITE_GRADIENT for d in self._ledger.holding):
-            # The first NaN is the one to mend: it spreads through the weights to all others.
-            open_ = {n: s for n, s in open_.items() if s is not Status.NONFINITE}
-        if self._inspection is not None:
-            late = Status.ZERO if self._schedule.is_first else None
-            if not self._inspection.sizes:
-                open_ = {n: status for n, status in open_.items() if status is Status.MISSING}
-            # Zeros of the first step are often the start of things (LoRA's A, say): they wait.
-            open_ = {n: status for n, status in open_.items() if status is not late}
-            found += self._inspection.diagnose(open_, self._steps)
-        elif self.config.trace == "never" and open_:
-            found += undetermined(open_, self._steps)
-        return tuple(found)
-
-    def _unexplained(self, facts: Facts) -> list[str]:
-        """Return those that are bad without a diagnosis, and not just for now."""
-        streaks = {} if self._judge is None else self._judge.streaks
-        return [
-            name
-            for name in self._ledger.unknown(facts.bad, facts.statuses)
-            if self._needs_a_gradient(name)
-            # What comes and goes (a dropped layer, an expert) is said once, until it stays away.
-            and not (name in self._ledger.recovered and streaks.get(name, PATIENCE) < PATIENCE)
-        ]
-
-    def _needs_a_gradient(self, name: str) -> bool:
-        entry = None if self._judge is None else self._judge.contract_for(name)
-        return entry is None or entry.gradient == "required"
-
-    def _plan(self, facts: Facts) -> None:
-        """Trace the next step when something is wrong that has no diagnosis yet."""
-        if self._learned.doubted:
-            self._schedule.want()
-            self._learned.doubted = frozenset()
-        unexplained = {name: facts.statuses[name] for name in self._unexplained(facts)}
-        holding = self._ledger.holding
-        caught = any(d.cause is Cause.NONFINITE_GRADIENT for d in holding)
-        self._schedule.plan(unexplained, caught=caught)
-
-    def _deliver(self, report: Report, optimizer: Any) -> None:
-        self.report = report
+    def _deliver(self, optimizer: Any) -> None:
+        """Hand on the report of a step, and do what its alerts ask for."""
+        report = self.report
         action = worst(report.alerts)
         if self._clips and not self._late and report.logged and action is not Action.ABORT:
             self._held = (report, optimizer)
@@ -1155,22 +834,11 @@ class Watcher:
         if action is Action.STOP:
             self.should_stop = True
         elif action is Action.ABORT:
-            raise _alert_error(report, self._names.parameters)
+            raise _alert_error(report, self._watched.names.parameters)
 
     def _write(self, report: Report) -> None:
         self.report = report
-        self._tell_sinks(lambda sink: sink.write(report))
-
-    def _tell_sinks(self, tell: Callable[[Sink], object]) -> None:
-        """Tell every sink; one that fails gets no more, and neither the others nor the rules lose anything."""
-        for sink in tuple(self._sinks):
-            try:
-                tell(sink)
-            except Exception as error:  # noqa: BLE001 -- not worth the run, nor the watch
-                self._sinks.remove(sink)
-                _log.warning(_words.SINK_FAILED, type(sink).__name__, exc_info=error)
-                with suppress(Exception):
-                    sink.close()
+        self._outlet.write(report)
 
     def switch_off(self, error: Exception) -> None:
         """Watch no more after a failure of ours, of which one log record tells."""
@@ -1180,15 +848,6 @@ class Watcher:
         if not self._in_hook:  # torch walks over its hooks now, and none may be taken away
             self._end()
         _log.warning(_words.SWITCHED_OFF, exc_info=error)
-
-
-def _tensors_of(optimizer: Any) -> set[int]:
-    """Return the ``id`` of each tensor that an optimizer writes."""
-    return {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-
-
-def _nothing() -> None:
-    """Stand in for the ``flush()`` that a sink need not have."""
 
 
 def _checked_optimizers(given: Any) -> tuple[Any, ...]:

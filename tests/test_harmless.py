@@ -380,7 +380,7 @@ FAULTS = [
     "gradwatch.sinks.console.ConsoleSink.write",
     "gradwatch.watcher.Inspection",
     "gradwatch._ledger.measure",
-    "gradwatch.watcher.names_of",
+    "gradwatch._watched.names_of",
     "gradwatch.watcher.standard_sinks",
 ]
 
