@@ -195,6 +195,8 @@ class Watcher:
         action: str | None = None,
         scaler: Any = None,
     ) -> None:
+        if any(hasattr(given, "param_groups") for given in _as_optimizers(config)):
+            raise TypeError("`Watcher(config=...)`: found an optimizer, which `optimizers=` takes")
         self.config = load_config(config).with_overrides(
             every_n_steps=every_n_steps, for_steps=for_steps, action=action
         )

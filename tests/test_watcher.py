@@ -1078,6 +1078,10 @@ def test_what_is_no_module_is_refused(make: Any):
     [
         ({"optimizers": ["adam"]}, "`Watcher(optimizers=...)`: expected optimizers, found `str`"),
         ({"optimizers": 3}, "`Watcher(optimizers=...)`: expected optimizers, found `int`"),
+        (
+            {"config": torch.optim.SGD(nn.Linear(1, 1).parameters())},
+            "`Watcher(config=...)`: found an optimizer, which `optimizers=` takes",
+        ),
         ({"log_dir": 3}, "`log_dir`: expected the path of a folder, found `3`"),
         (
             {"sinks": [print]},
