@@ -32,6 +32,7 @@ from gradwatch._failure import (
     line_at,
     line_of,
     listed,
+    local_modules,
     local_owner,
     local_tensor,
     local_tensors,
@@ -547,6 +548,9 @@ def array_of_a_leaf(raised: Raised) -> str | None:
     asked = [statement(calls[0])] if of_input and len(calls) == 1 else []
     places = [at(place) for place in failing_places(raised)]
     kept = [] if failed is None else _collected(raised, failed.read)
+    if places and not any(kept):
+        filled = _nearby.argument_fillings(failing_places(raised)[-1][:2])
+        kept = [role_of("kept with its history", statement(s)) for s in filled[:1]]
     return _words.error_note("numpy", listed(*asked, *kept, *places)) if places else None
 
 
@@ -586,6 +590,18 @@ def in_place_in_vmap(raised: Raised) -> str | None:
     made = None if last is None else _nearby.written_into(last[:2])
     own = None if made is None else role_of("shared by all samples", statement(made))
     return None if last is None else _words.error_note("in_place_in_vmap", listed(own, at(last)))
+
+
+def no_parameter(raised: Raised) -> str | None:
+    """Explain a result that is assigned to a parameter's name by the line, and by what made the module of it."""
+    module = local_owner(raised.error, "self")
+    known = [raised.model, *local_modules(raised.error)]
+    made = next(filter(None, (layer_made_at(root, module) for root in known)), None)
+    places = listed(at(last_of_user(raised.error)), role_of("its module is made here", made))
+    return _words.error_note("no_parameter", places)
+
+
+BY_PLACE[no_parameter] = "no_parameter"
 
 
 def norm_in_vmap(raised: Raised) -> str | None:

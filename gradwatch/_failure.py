@@ -211,6 +211,13 @@ def local_tensors(error: Exception) -> Iterator[Tensor]:
     yield from tensors_in(frames[-1].f_locals.values() if frames else ())
 
 
+def local_modules(error: Exception) -> Iterator[torch.nn.Module]:
+    """Yield the modules that local variables held in the user's own frames, the innermost first."""
+    frames = [entry.tb_frame for entry in entries(error) if _is_users(entry)]
+    for frame in reversed(frames):
+        yield from (v for v in frame.f_locals.values() if isinstance(v, torch.nn.Module))
+
+
 def local_owner(error: Exception, name: str) -> Any:
     """Return what a local variable held in the innermost frame that has it as an optimizer or a module."""
     kinds = (torch.optim.Optimizer, torch.nn.Module)
@@ -252,7 +259,9 @@ def layer_made_at(model: torch.nn.Module, layer: Any) -> str | None:
         path, _, name = path.rpartition(".")
         made = _statements.keepings(type(model.get_submodule(path)), name)
         if made:
-            return statement(_nearby.element_of(made[0], inside))
+            found = _nearby.element_of(made[0], inside)
+            within = _nearby.made_within(found, type(layer).__name__)
+            return listed(None if within is None else statement(within), statement(found))
         inside.insert(0, name)
     return None
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction
 
-from gradwatch import _nearby, _source, _statements, _words
+from gradwatch import _frames, _nearby, _source, _statements, _words
 from gradwatch._calls import Wrapper
 from gradwatch._failure import (
     Raised,
@@ -169,9 +169,15 @@ def _functions() -> list[type]:
 
 
 def _named(name: str) -> type | None:
-    """Return the only Function of a name; of one that was defined again, as in a notebook, the last."""
+    """Return the only Function of a name, the user's own before all; of one that was defined again, the last."""
     found = [cls for cls in _functions() if cls.__name__ == name]
+    found = [cls for cls in found if _is_users(cls)] or found
     return found[0] if len({(cls.__module__, cls.__qualname__) for cls in found}) == 1 else None
+
+
+def _is_users(cls: type) -> bool:
+    file = _source.file_of(cls)
+    return file is not None and _frames.owner_of_file(file) is _frames.Owner.USER
 
 
 def _method(cls: type, name: str) -> CodeType | None:

@@ -27,6 +27,7 @@ from gradwatch._failure import (
     raising,
     role_of,
     statement,
+    users_own,
 )
 from gradwatch._record import MADE, held_by, keepers_in
 from gradwatch._unread import settings
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 _MOST_NODES = 100_000
 _MOST_SETTINGS = 4
+_MODES = ("no_grad", "inference_mode")
 
 
 def switched_off(model: nn.Module) -> str | None:
@@ -162,8 +164,22 @@ def _told(raised: Raised, told: list[Diagnosis]) -> str:
         _words.error_note("no_history", listed(role_of("the loss", loss), fresh)),
         *(explain.render(d, tuple(raised.inspection.parameters)) for d in told),
     ]
-    more = (_switched_over(raised.model, told), _frozen_on_the_way(raised))
+    more = (
+        _run_inside(raised.error) if told[0].cause is Cause.NO_GRAD else None,
+        _switched_over(raised.model, told),
+        _frozen_on_the_way(raised),
+    )
     return "\n\n".join([*said, *(part for part in more if part)])
+
+
+def _run_inside(error: Exception) -> str | None:
+    """Return the call through which the failing lines ran where gradients are off: a closure in a decorated `step`."""
+    calls = [
+        at(place)
+        for place in users_own(error)[:-1]
+        if any(_nearby.surrounding(place[:2], mode) for mode in _MODES)
+    ]
+    return _words.called_inside(calls[0]) if calls and calls[0] else None
 
 
 def _computed_off(raised: Raised, told: list[Diagnosis]) -> str | None:

@@ -121,14 +121,27 @@ def argument_stores(step: Step) -> list[Statement]:
     return _kept_under(step[0].co_filename, {node.attr for node in attributes})
 
 
-def _kept_under(file: str, names: Collection[str]) -> list[Statement]:
-    """Return where a file keeps something in attributes of some names, the tellest statement first."""
+def argument_fillings(step: Step) -> list[Statement]:
+    """Return where a file fills the container that a call is given first: `np.log10(self.losses)`, or `log10(losses)`."""
+    inside = function(step[0]) or tree(step[0].co_filename)
+    read = None if inside is None else expression(step, inside)
+    given = read.args[:1] if isinstance(read, ast.Call) else []
+    names = {last_name(arg) for arg in given} - {""}
+    return _kept_under(step[0].co_filename, names, most=_FILLING)
+
+
+_FILLING = 0
+"""The rank of what is put into a container."""
+
+
+def _kept_under(file: str, names: Collection[str], most: int | None = None) -> list[Statement]:
+    """Return where a file keeps something under some names, the tellest statement first, up to a rank."""
     module = tree(file)
     ranked = [
         (rank, node)
         for node in (() if module is None else ast.walk(module))
         for name in names
-        if (rank := keeping_rank(node, name, "")) is not None
+        if (rank := keeping_rank(node, name, "")) is not None and (most is None or rank <= most)
     ]
     return statements_of(file, [node for _, node in sorted(ranked, key=lambda pair: pair[0])])
 
@@ -163,6 +176,23 @@ def element_of(found: Statement, path: Iterable[str]) -> Statement:
             return found
         node = given[int(name)]
     return found if node is None else statements_of(found.file, [node])[0]
+
+
+def made_within(found: Statement, name: str) -> Statement | None:
+    """Return the only call of a class in the functions of the same file that a statement calls, and in theirs."""
+    module = tree(found.file)
+    nodes = [] if module is None else list(ast.walk(module))
+    functions = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    todo = {called(n) for n in nodes if isinstance(n, ast.Call) and n.lineno == found.line}
+    seen, made = set[str](), list[ast.AST]()
+    while todo:
+        seen |= todo
+        inside = [n for f in functions if f.name in todo for n in own_nodes(f)]
+        calls = [n for n in inside if isinstance(n, ast.Call)]
+        made += [n for n in calls if called(n) == name]
+        todo = {called(n) for n in calls} - seen
+    statements = statements_of(found.file, made)
+    return statements[0] if len(statements) == 1 else None
 
 
 def _has_stars(given: Iterable[ast.expr]) -> bool:
@@ -434,6 +464,25 @@ def first_argument(step: Step, outer: CodeType) -> Statement | None:
     found = [n for home in homes for n in _assigned(name, own_nodes(home), read.lineno)]
     statements = statements_of(step[0].co_filename, found[:1])
     return statements[0] if statements else None
+
+
+def read_before(step: Step) -> list[Statement]:
+    """Return what assigned the name that a call is given first, and the first line that reads it before the call."""
+    home = function(step[0]) or tree(step[0].co_filename)
+    read = None if home is None else expression(step, home)
+    if not isinstance(read, ast.Call) or not read.args or home is None:
+        return []
+    given, nodes = read.args[0], list(own_nodes(home))
+    name = given.id if isinstance(given, ast.Name) else ""
+    assigned = _assigned(name, nodes, read.lineno)[-1:]
+    between = [
+        n
+        for made in assigned
+        for n in nodes
+        if isinstance(n, ast.Name) and n.id == name and made.lineno < n.lineno < read.lineno
+    ]
+    readers = sorted(between, key=lambda node: node.lineno)[:1]
+    return statements_of(step[0].co_filename, [*assigned, *readers])
 
 
 def last_argument(step: Step, keyword: str) -> Statement | None:

@@ -8,13 +8,17 @@ Limits: as in ``_raised``, where the words of torch's are.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from gradwatch import _nearby, _source, _statements, _words, explain
+from gradwatch._diagnose import not_looked_into
 from gradwatch._failure import (
     Raised,
+    asked_for_parameters,
     at,
     files_of,
     in_nearest_file,
@@ -26,10 +30,56 @@ from gradwatch._failure import (
     role_of,
     statement,
 )
+from gradwatch._histories import frozen_ones
+from gradwatch._record import held_by, unregistered
 from gradwatch.report import Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from torch import nn
+
+_MADE_AND_READ = 2
+
+
+def nothing_to_step(error: Exception, model: nn.Module) -> str | None:
+    """Explain an optimizer without parameters: an iterator used up, all frozen, or a module that registers none."""
+    used_up = _used_up(error)
+    if used_up is not None:
+        return _words.error_note("used_up", used_up)
+    module = asked_for_parameters(error) or model
+    last = at(last_of_user(error))
+    if any(p.requires_grad for p in module.parameters()):
+        return None
+    if next(module.parameters(), None) is not None:
+        said = _words.error_note("nothing_wanting", last)
+        return "\n\n".join(part for part in (said, frozen_ones(module)) if part)
+    found = next(unregistered(module), None)
+    if found is not None:
+        advice = _words.register(found.kind.__name__)
+        return _words.error_note("nothing_registered", last, not_looked_into(found), advice)
+    for inner in module.modules():
+        for name, value in held_by(inner):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                kept = _statements.keepings(type(inner), name)[:1]
+                made = [s for store in kept for s in _nearby.assigned_before(store)]
+                places = listed(*map(statement, [*made, *kept]), last)
+                return _words.error_note(
+                    "no_parameter_made", places, f"{type(inner).__name__}.{name}"
+                )
+    return None
+
+
+def _used_up(error: Exception) -> str | None:
+    """Return where an iterator was made that an optimizer is given, where it was read before, and the call."""
+    inner = innermost(error)
+    given = None if inner is None else inner.tb_frame.f_locals.get("params")
+    last = last_of_user(error)
+    told = [] if last is None else _nearby.read_before(last[:2])
+    if not isinstance(given, Iterator) or len(told) < _MADE_AND_READ:
+        return None
+    made, read = map(statement, told)
+    return listed(made, role_of("read to its end here", read), at(last))
 
 
 def not_finite(raised: Raised) -> str | None:

@@ -131,7 +131,8 @@ def behind_a_hook(raised: Raised) -> str | None:
     failed = raised.failed
     wrote = None if failed is None else at(failed.place)
     layer = local_owner(raised.error, "self")
-    in_place = role_of("changes its input in place", made_in_place(raised, layer))
+    in_place = made_in_place(raised, layer)
+    wrote = role_of("changes its input in place", wrote)
     return _words.error_note("behind_a_hook", listed(*map(statement, found[:1]), in_place, wrote))
 
 

@@ -14,9 +14,7 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from gradwatch import _frames, _nearby, _source, _statements, _words, explain
+from gradwatch import _frames, _source, _words, explain
 from gradwatch._asked import (
     array_of_a_leaf,
     asked_for_nothing,
@@ -32,6 +30,7 @@ from gradwatch._asked import (
     loss_made_by,
     made_and_failing,
     no_leaf,
+    no_parameter,
     none_for_a_gradient,
     norm_in_vmap,
     not_a_number,
@@ -44,11 +43,9 @@ from gradwatch._asked import (
     without_derivative,
     without_formula,
 )
-from gradwatch._diagnose import not_looked_into
 from gradwatch._failure import (
     BY_PLACE,
     Raised,
-    asked_for_parameters,
     at,
     failing,
     hide_own,
@@ -56,7 +53,6 @@ from gradwatch._failure import (
     listed,
     raising,
     role_of,
-    statement,
 )
 from gradwatch._functions import (
     in_function,
@@ -82,12 +78,12 @@ from gradwatch._optimizers import (
     half_parameters,
     in_two_groups,
     not_finite,
+    nothing_to_step,
     sparse_gradients,
     stepped_over_nothing,
     unscaled_twice,
 )
 from gradwatch._overwrites import behind_a_hook, overwritten, view_without_history
-from gradwatch._record import held_by, unregistered
 from gradwatch.report import Diagnosis, Status
 
 if TYPE_CHECKING:
@@ -137,7 +133,7 @@ def _note(
         said = [explain.render(diagnosis) for diagnosis in missing]
         return "\n\n".join([_words.error_note("ddp", None), *said]) if missing else None
     if "optimizer got an empty parameter list" in message:
-        return _nothing_registered(error, model)
+        return nothing_to_step(error, model)
     for words, find in _KINDS:
         if words in message:
             if inspection is not None:
@@ -145,28 +141,6 @@ def _note(
             if find is none_for_a_gradient:
                 return _none_untraced(error, known)
             return None if find is number_for_a_loss else _untraced(error, model, find)
-    return None
-
-
-def _nothing_registered(error: Exception, model: nn.Module) -> str | None:
-    """Explain a module without parameters by those that it hides, or by what was computed from one."""
-    module = asked_for_parameters(error) or model
-    if next(module.parameters(), None) is not None:
-        return None
-    found = next(unregistered(module), None)
-    last = last_of_user(error)
-    if found is not None:
-        advice = _words.register(found.kind.__name__)
-        return _words.error_note("nothing_registered", at(last), not_looked_into(found), advice)
-    for inner in module.modules():
-        for name, value in held_by(inner):
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                kept = _statements.keepings(type(inner), name)[:1]
-                made = [s for store in kept for s in _nearby.assigned_before(store)]
-                places = listed(*map(statement, [*made, *kept]), at(last))
-                return _words.error_note(
-                    "no_parameter_made", places, f"{type(inner).__name__}.{name}"
-                )
     return None
 
 
@@ -281,7 +255,7 @@ _KINDS: tuple[tuple[str, Find], ...] = (
     ),
     ("Recomputed values for the following tensors have different metadata", recomputed_otherwise),
     ("can't optimize a non-leaf Tensor", no_leaf),
-    ("' as parameter '", raising("no_parameter")),
+    ("' as parameter '", no_parameter),
     ("unscale_() has already been called", unscaled_twice),
     ("unscale_() is being called after step()", raising("stepped_before")),
     ("step() has already been called since", raising("stepped_before")),

@@ -542,6 +542,14 @@ ERRORS = {
         "the module registers no parameter: `{1}` is the result of an operation, which is none",
         "make the parameter last: `self.weight = nn.Parameter(...)` around all that is computed",
     ),
+    "used_up": (
+        "the optimizer is given an iterator that was read to its end before",
+        "make it a list, which can be read again: `params = list(...)`",
+    ),
+    "nothing_wanting": (
+        "the optimizer is given no parameter: all of them have `requires_grad=False`",
+        "leave `requires_grad` on for what should train",
+    ),
     "no_leaf": (
         "an optimizer is given the result of this operation, which is no leaf",
         "make it a leaf: `x = (...).detach().requires_grad_()`, or call `requires_grad_()` last",
@@ -893,6 +901,11 @@ def error_note(kind: str, where: str | None, *facts: str | None) -> str:
 def set_here(attribute: str, where: str) -> str:
     """Say where an attribute is set that decides what a forward reads."""
     return f"`self.{attribute}` is set here\n  --> {where}"
+
+
+def called_inside(where: str) -> str:
+    """Say which call, made with gradients off, led to the failing line."""
+    return f"gradients are off in this call\n  --> {where}"
 
 
 def frozen_too(folded: str, where: str | None) -> str:

@@ -3544,6 +3544,144 @@ FILES = {
             penalty(score, [copy])
         """,
     ),
+    "the function that makes layers work in place": (
+        "is a view and is being modified inplace",
+        """
+        def block(name):
+            if name == "skip":
+                return nn.Identity()
+            return nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 2))  # <- here
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.ops = nn.ModuleList([block(name) for name in ("skip", "linear")])
+
+            def forward(self, x):
+                return sum(op(x * 1.0) for op in self.ops)
+
+        model = Net()
+
+        def watch(module, grad_input, grad_output):
+            return None
+
+        model.ops[1].register_full_backward_hook(watch)
+
+        def step():
+            model(torch.ones(1, 2).requires_grad_()).sum().backward()
+        """,
+    ),
+    "the call of a closure with gradients off": (
+        "does not require grad and does not have a grad_fn",
+        """
+        model = nn.Linear(2, 1)
+
+        class Careful(torch.optim.SGD):
+            @torch.no_grad()
+            def step(self, closure):
+                loss = closure()  # <- here
+                return super().step() or loss
+
+        def step():
+            def closure():
+                loss = model(torch.ones(1, 2)).sum()
+                loss.backward()
+                return loss
+
+            Careful(model.parameters(), 0.1).step(closure)
+        """,
+    ),
+    "the iterator that was read before": (
+        "optimizer got an empty parameter list",
+        """
+        model = nn.Linear(2, 1)
+
+        def step():
+            trained = filter(lambda p: p.requires_grad, model.parameters())  # <- here
+            print(sum(p.numel() for p in trained))
+            torch.optim.SGD(trained, 0.1)
+        """,
+    ),
+    "all that is frozen": (
+        "optimizer got an empty parameter list",
+        """
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.head = nn.Linear(2, 1)
+                for p in self.parameters():
+                    p.requires_grad = False  # <- here
+
+        model = Net()
+
+        def step():
+            torch.optim.SGD(filter(lambda p: p.requires_grad, model.parameters()), 0.1)
+        """,
+    ),
+    "the layer whose parameters take no results": (
+        "as parameter 'weight' (torch.nn.Parameter or None expected)",
+        """
+        model = nn.Linear(2, 1)
+
+        class Meta(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.encoder = nn.Linear(2, 1)  # <- here
+
+            def update(self, rate):
+                for module in self.children():
+                    setattr(module, "weight", module.weight - rate)
+
+        def step():
+            Meta().update(0.1)
+        """,
+    ),
+    "a Function of a name that torch has too": (
+        "returned an incorrect number of gradients",
+        """
+        class CheckpointFunction(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, run, *args):
+                return args[0] * 2
+
+            @staticmethod
+            def backward(ctx, *grads):
+                return (None, None) + grads  # <- here
+
+        model = nn.Linear(2, 1)
+
+        def step():
+            import torch.utils.checkpoint
+
+            CheckpointFunction.apply(None, model(torch.ones(1, 2))).sum().backward()
+        """,
+    ),
+    "the losses that a callback keeps": (
+        "Can't call numpy() on Tensor that requires grad",
+        """
+        import numpy
+
+        model = nn.Linear(2, 1)
+
+        class Recorder:
+            def __init__(self):
+                self.losses = []
+
+            def after(self, loss):
+                self.losses.append(loss)  # <- here
+
+            def curve(self):
+                return numpy.log10(self.losses)
+
+        def step():
+            recorder = Recorder()
+            for _ in range(2):
+                loss = model(torch.ones(1, 2)).square().sum()
+                loss.backward()
+                recorder.after(loss)
+            recorder.curve()
+        """,
+    ),
     "what took the dimension away": (
         "invalid index of a 0-dim tensor",
         """
