@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
+    from torch import Tensor
+
     from gradwatch._cost import Cost
     from gradwatch._diagnose import Inspection
     from gradwatch._distributed import Group
@@ -140,10 +142,7 @@ class Judgement:
         self, covered: tuple[str, ...], optimizer: Any, now: Moment
     ) -> tuple[Report, bool] | None:
         exchange = self._exchange(now)
-        facts = self._facts(covered, now)
-        if exchange is not None:
-            exchange.news = bool(self._unshared or self._unexplained(facts))
-        clipped = self._measure(facts, covered, optimizer, now, exchange)
+        facts, clipped = self._known(covered, optimizer, now, exchange)
         facts.hold_emptied(self._emptied_before(covered, now))
         alerts = self.rules.observe(self._observed(facts, covered, now))
         owners = self._watched.owners
@@ -195,9 +194,28 @@ class Judgement:
 
     # Facts ----------------------------------------------------------------------------------------
 
-    def _facts(self, covered: tuple[str, ...], now: Moment) -> Facts:
+    def _known(
+        self, covered: tuple[str, ...], optimizer: Any, now: Moment, exchange: Exchange | None
+    ) -> tuple[Facts, float | None]:
+        """Return what is known of the gradients, and their total norm after clipping where that is."""
+        watched = self._watched
+        measures = self._can_measure(now, exchange)
+        # To read a gradient again costs as much as a tenth of its norm: where norms are taken, all are read once.
+        sensor, found = watched.sensor, watched.sensor.gradients() if measures else None
+        facts = self._facts(covered, now, found)
+        if exchange is not None:
+            exchange.news = bool(self._unshared or self._unexplained(facts))
+        if not measures:
+            return facts, None
+        if len(covered) < len(watched.names.parameters) or sensor is not watched.sensor:
+            found = None
+        return facts, self._measure(facts, covered, optimizer, now, exchange=exchange, found=found)
+
+    def _facts(
+        self, covered: tuple[str, ...], now: Moment, found: Sequence[Tensor | None] | None
+    ) -> Facts:
         """Return who got a gradient, and of whom that cannot be told."""
-        absent = self._watched.absent()
+        absent = self._watched.absent(found)
         parameters = self._watched.names.parameters
         if absent:
             chosen = frozenset(covered)
@@ -246,11 +264,11 @@ class Judgement:
         covered: tuple[str, ...],
         optimizer: Any,
         now: Moment,
+        *,
         exchange: Exchange | None,
+        found: Sequence[Tensor | None] | None,
     ) -> float | None:
-        """Take the norms, where this is a step for them; return the total after clipping, where that is known."""
-        if not self._can_measure(now, exchange):
-            return None
+        """Take the norms; return the total after clipping, where that is known."""
         watched = self._watched
         total = exchange.total if exchange is not None and exchange.group.sharded else None
         parameters = watched.names.parameters
@@ -258,7 +276,14 @@ class Judgement:
             parameters = {name: parameters[name] for name in covered}
         orphans = watched.owners.orphans if watched.owners.known else ()
         scales = self._scales(covered, optimizer)
-        facts.measure(parameters, scales, total, orphans, watched.sensor.dtype)
+        facts.measure(
+            parameters,
+            scales,
+            total=total,
+            orphans=orphans,
+            alike=watched.sensor.alike,
+            found=found,
+        )
         if not now.logged or now.early is None:
             return None
         return facts.before_clipping(now.early, parameters, watched.owners.owned(optimizer))
@@ -330,6 +355,8 @@ class Judgement:
             and name not in told
             and self._needs_a_gradient(name)
         ]
+        if not wanting:
+            return ()
         statuses, strangers = facts.complete(covered), owners.strangers
         return not_in_optimizer(wanting, statuses, now.step, strangers=strangers, maker=self._maker)
 

@@ -15,18 +15,18 @@ from functools import cached_property
 from itertools import repeat
 from operator import attrgetter, is_
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradwatch import _words
 from gradwatch._stats import measure
 from gradwatch.report import Cause, Diagnosis, GradStats, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-    import torch
     from torch import Tensor
 
+    from gradwatch._stats import Alike
 
 _log = logging.getLogger("gradwatch")
 _BAD = frozenset({Status.MISSING, Status.ZERO, Status.NONFINITE})
@@ -55,24 +55,35 @@ class Facts:
         self,
         parameters: Mapping[str, Tensor],
         scales: Mapping[str, float] = MappingProxyType({}),
+        *,
         total: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None,
         orphans: Iterable[str] = (),
-        dtype: torch.dtype | None = None,
+        alike: Alike | None = None,
+        found: Sequence[Tensor | None] | None = None,
     ) -> None:
         """Take the norms of the gradients that arrived.
 
         Those in no optimizer have none: no step uses their gradients, and none empties them.
+
+        Args:
+            parameters: The parameters by name.
+            scales: What some of the gradients are multiplied with, by name.
+            total: Sums values over all processes, where each holds a part of the gradients.
+            orphans: Names of those in no optimizer.
+            alike: What all parameters of the model have in common.
+            found: The gradients of these parameters, where they are at hand.
         """
         absent = {*self.missing, *self.frozen, *self.unseen, *orphans}
-        found = list(map(_grad, parameters.values()))
-        gradients = dict(zip(parameters, found, strict=True))
+        if found is None:
+            found = list(map(_grad, parameters.values()))
+        gradients: Mapping[str, Any] = dict(zip(parameters, found, strict=True))
         if absent or any(map(is_, found, repeat(None))):
             gradients = {
                 name: gradient
                 for name, gradient in gradients.items()
                 if gradient is not None and name not in absent
             }
-        self._take(measure(gradients, scales, total, dtype), parameters)
+        self._take(measure(gradients, scales, total, alike), parameters)
 
     def hold_emptied(self, names: Collection[str]) -> None:
         """Take zeros for emptied gradients still, and what was not measured for what cannot be told.

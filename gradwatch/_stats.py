@@ -77,10 +77,17 @@ class Sensor:
         """Where these are so many that a few tell: positions of some, and what was held there before."""
 
     @cached_property
-    def dtype(self) -> torch.dtype | None:
-        """The type of all parameters, None where they have several."""
+    def alike(self) -> Alike | None:
+        """What all parameters have in common, None where that is nothing."""
         found = set(map(_dtype, self._parameters))
-        return found.pop() if len(found) == 1 else None
+        if len(found) != 1 or any(map(is_lazy, self._parameters)):
+            return None
+        sizes = [parameter.numel() for parameter in self._parameters]
+        is_crowd = len(sizes) >= _MANY and sum(sizes) <= _SMALL * len(sizes)
+        is_here = {parameter.device.type for parameter in self._parameters} == {"cpu"}
+        dtype = found.pop()
+        fits = is_crowd and is_here and dtype.is_floating_point
+        return Alike(dtype, torch.tensor(sizes, device="cpu") if fits else None)
 
     @property
     def arrived(self) -> frozenset[str]:
@@ -126,7 +133,7 @@ class Sensor:
         self._everyone = frozenset(range(len(self.names)))
         self._pattern = _Pattern((), self._everyone, (), ())
         self._renewals = 0
-        vars(self).pop("dtype", None)
+        vars(self).pop("alike", None)
 
     def before(self, *, whole: bool = True) -> None:
         """Note what is there when a backward pass begins.
@@ -151,7 +158,7 @@ class Sensor:
                 self._held = self._first = _NOTHING
                 return
         self._since_whole = 0
-        self._held = _NOTHING if all(self._nones()) else _Held.of(self._gradients())
+        self._held = _NOTHING if all(self._nones()) else _Held.of(self.gradients())
         self._first = self._first or self._held
 
     def assume(self) -> None:
@@ -202,9 +209,13 @@ class Sensor:
             self._arrived = (self._arrived - chosen) | (self._sure & chosen)
         self._held, self._is_over, self._first, self._renews = None, False, None, None
 
-    def missing(self) -> list[str]:
-        """Return the names of those that want a gradient and have none of this step."""
-        there = self._present()
+    def missing(self, gradients: Sequence[Tensor | None] | None = None) -> list[str]:
+        """Return the names of those that want a gradient and have none of this step.
+
+        Args:
+            gradients: What ``gradients()`` has just returned, where that is at hand.
+        """
+        there = self._present(gradients)
         self._look(there)
         absent: list[str] = []
         if any(map(_wants, there.absent)):
@@ -235,16 +246,18 @@ class Sensor:
         chosen = frozenset(names)
         return frozenset(i for i, name in enumerate(self.names) if name in chosen)
 
-    def _gradients(self) -> list[Tensor | None]:
+    def gradients(self) -> list[Tensor | None]:
+        """Return the gradients as they are now."""
         return list(map(_grad, self._parameters))
 
-    def _nones(self) -> Iterator[bool]:
+    def _nones(self, gradients: Sequence[Tensor | None] | None = None) -> Iterator[bool]:
         """Tell which gradients are None.
 
         NOTE [No list] A list as long as the model costs more than what it would hold: right after
         ``zero_grad`` has freed as many small blocks, malloc puts all of them together before it makes one.
         """
-        return map(is_, map(_grad, self._parameters), repeat(None))
+        read = map(_grad, self._parameters) if gradients is None else gradients
+        return map(is_, read, repeat(None))
 
     def _look(self, present: _Pattern | None = None) -> None:
         """Take in what the last backward pass did, unless that was done."""
@@ -255,7 +268,7 @@ class Sensor:
         replaced = there
         self._latest, self._lagging = there, frozenset()
         if held.refs:
-            gradients = self._gradients()
+            gradients = self.gradients()
             replaced = there & held.replaced(gradients)
             self._latest = replaced | (there & held.moved(gradients))
             self._lagging = held.lagging(gradients) & there - replaced
@@ -290,16 +303,16 @@ class Sensor:
     def _has_arrived(self, positions: frozenset[int]) -> bool:
         return positions is self._arrived or positions <= self._arrived
 
-    def is_as_told(self) -> bool:
+    def is_as_told(self, gradients: Sequence[Tensor | None] | None = None) -> bool:
         """Tell whether the same parameters hold a gradient as when that was last told."""
-        known = self._pattern.nones
-        return all(map(is_, self._nones(), known)) if known else not any(self._nones())
+        known, nones = self._pattern.nones, self._nones(gradients)
+        return all(map(is_, nones, known)) if known else not any(nones)
 
-    def _present(self) -> _Pattern:
+    def _present(self, gradients: Sequence[Tensor | None] | None = None) -> _Pattern:
         """Tell who holds a gradient: the same ones in nearly every step."""
-        if self.is_as_told():
+        if self.is_as_told(gradients):
             return self._pattern
-        nones = tuple(self._nones())
+        nones = tuple(self._nones(gradients))
         everyone = True not in nones
         self._pattern = _Pattern(
             () if everyone else nones,
@@ -318,6 +331,14 @@ class Sensor:
             return True
         known = position < len(first.refs)
         return known and first.refs[position]() is self._parameters[position].grad
+
+
+class Alike(NamedTuple):
+    """What all gradients of a model have in common."""
+
+    dtype: torch.dtype
+    sizes: Tensor | None
+    """The number of elements of each, where they are so many and so small that they are measured as one tensor."""
 
 
 class _Pattern(NamedTuple):
@@ -370,6 +391,8 @@ class _Held(NamedTuple):
         return frozenset(place for place, move in enumerate(moves) if 0 < move < most)
 
 
+_MANY, _SMALL = 64, 128
+"""Gradients from which on they are measured as one tensor, and the elements that each has at most in the mean."""
 _AGAIN = 2
 """Writes of which the first may have been ``zero_grad``'s."""
 _ENOUGH = 3
@@ -452,7 +475,7 @@ def measure(
     gradients: Mapping[str, Tensor],
     scales: Mapping[str, float] = MappingProxyType({}),
     total: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None,
-    dtype: torch.dtype | None = None,
+    alike: Alike | None = None,
 ) -> GradStats:
     """Return the L2 norm of each gradient, and which are zero or not finite.
 
@@ -464,11 +487,11 @@ def measure(
         gradients: The gradients by name, of any shape, dtype, device, and layout.
         scales: What some of them are multiplied with (a GradScaler's scale), by name.
         total: Sums values over all processes, where each holds a part of the gradients.
-        dtype: The type of all gradients, where it is known that they have one.
+        alike: What the gradients of the whole model have in common, where that is known.
 
     Cost:
         One fused pass per device and one copy to the host per device; a second one only while some
-        norm is zero or not finite.
+        norm is zero or not finite. Many small ones on the CPU are copied into one tensor, for half the time.
 
     Example:
         >>> measure({"weight": torch.tensor([3.0, 4.0])}).norms
@@ -478,9 +501,10 @@ def measure(
     if total is not None:
         weights = {name: _share(gradient) for name, gradient in gradients.items()}
         gradients = {name: _local(gradient) for name, gradient in gradients.items()}
-    if dtype is None and len(set(map(_dtype, gradients.values()))) == 1:
-        dtype = next(iter(gradients.values())).dtype
-    norms = _norms(gradients, wide=False, dtype=dtype)
+    if total is not None or alike is None:
+        one_type = len(set(map(_dtype, gradients.values()))) == 1
+        alike = Alike(next(iter(gradients.values())).dtype, None) if one_type else None
+    norms = _norms(gradients, wide=False, alike=alike)
     whole = math.hypot(*norms.values())
     # A sum that is finite has no part that is not: one look at each is enough.
     usual = math.isfinite(whole) and 0.0 not in norms.values()
@@ -523,13 +547,16 @@ def _doubtful(norms: Mapping[str, float], gradients: Mapping[str, Tensor]) -> di
 
 
 def _norms(
-    gradients: Mapping[str, Tensor], *, wide: bool, dtype: torch.dtype | None = None
+    gradients: Mapping[str, Tensor], *, wide: bool, alike: Alike | None = None
 ) -> dict[str, float]:
-    if dtype is not None and gradients:
+    if alike is not None and gradients:
         # The usual case, without another look at each: dense gradients on one device, or torch refuses.
-        some = list(gradients.values())
+        some, (dtype, sizes) = list(gradients.values()), alike
         with suppress(RuntimeError), torch.no_grad():
-            together = torch.stack(_fused(some, torch.float32 if dtype in _HALVES else None))
+            if sizes is not None and len(sizes) == len(some):
+                together = _joined(some, sizes)
+            else:
+                together = torch.stack(_fused(some, torch.float32 if dtype in _HALVES else None))
             return dict(zip(gradients, together.tolist(), strict=True))
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, gradient in gradients.items():
@@ -574,6 +601,13 @@ def _fused(gradients: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tenso
     if fused is None:
         return [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in gradients]
     return list(fused(gradients, 2, dtype=dtype))
+
+
+def _joined(gradients: Sequence[Tensor], sizes: Tensor) -> Tensor:
+    """Return the norms of many small gradients, which takes less in one tensor than one after the other."""
+    # A copy in any case: what is squared in place must not be a gradient.
+    elements = torch.cat(list(map(Tensor.ravel, gradients))).to(torch.float64, copy=True)
+    return torch.segment_reduce(elements.square_(), "sum", lengths=sizes).sqrt_()
 
 
 def _scaled(gradient: Tensor) -> Tensor:

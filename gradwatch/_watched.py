@@ -108,9 +108,13 @@ class Watched:
         self.look(midway=True)
         return True
 
-    def absent(self) -> list[str]:
-        """Return the names of those that have no gradient, after a look whether they are still the model's."""
-        absent = self.sensor.missing()
+    def absent(self, gradients: Sequence[Tensor | None] | None = None) -> list[str]:
+        """Return the names of those that have no gradient, after a look whether they are still the model's.
+
+        Args:
+            gradients: What the sensor has just read, where that is at hand.
+        """
+        absent = self.sensor.missing(gradients)
         if absent and absent != self._absent:
             if any(map(self._is_replaced, islice(absent, _LOOKS))):
                 self.look(midway=True)

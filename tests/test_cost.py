@@ -111,6 +111,20 @@ def test_a_logged_step_adds_one_fused_norm_and_one_copy():
         assert dict(added) == {"_foreach_norm": 1, "stack": 1}
 
 
+def test_many_small_gradients_add_one_sum_and_one_copy():
+    """A logged step of many small parameters copies them into one tensor, and sums its segments."""
+    with Loop(100, every=1) as loop:
+        added = kernels(loop, watched=True) - kernels(loop, watched=False)
+        del added["view"]  # which is no kernel
+        assert dict(added) == {
+            "cat": 1,
+            "_to_copy": 1,
+            "pow_": 1,
+            "segment_reduce": 1,
+            "sqrt_": 1,
+        }
+
+
 @pytest.mark.parametrize("every", [1, 1000], ids=["logged", "unlogged"])
 def test_calls_do_not_grow_with_parameters(every: int, tmp_path: Path):
     """A step of 1,000 parameters makes as many calls in Python as one of 200: the rest runs in C."""

@@ -446,6 +446,69 @@ def test_a_thousand_gradients_take_one_kernel_and_one_copy():
     assert set(kernels.counts) <= {"_foreach_norm", "stack", "cat", "detach"}
 
 
+SHAPES: list[tuple[int, ...]] = [(), (5,), (3, 4), (0,), (2, 1, 3), (64,)]
+
+
+def crowd(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+    """Return as many small parameters as are measured in one tensor."""
+    torch.manual_seed(0)
+    shapes = SHAPES * 20
+    return {
+        f"layer{i}.weight": nn.Parameter(torch.randn(shape, dtype=dtype))
+        for i, shape in enumerate(shapes)
+    }
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+def test_many_small_gradients_are_measured_in_one_tensor(dtype: torch.dtype):
+    """Their norms are those of each one alone, of every type and shape, and no gradient is changed."""
+    alike = Sensor(crowd(dtype)).alike
+    gradients = {name: p.detach() * 3 for name, p in crowd(dtype).items()}
+    gradients["layer1.weight"].zero_()
+    gradients["layer7.weight"][2] = math.nan
+    gradients["layer13.weight"][2] = -math.inf
+    gradients["layer19.weight"].fill_(torch.finfo(dtype).tiny)
+    gradients["layer25.weight"].fill_(torch.finfo(dtype).max)
+    before = {name: gradient.clone() for name, gradient in gradients.items()}
+
+    with Kernels() as kernels, Copies() as copies:
+        stats = measure(gradients, alike=alike)
+    alone = {name: measure({name: gradient}) for name, gradient in gradients.items()}
+
+    assert kernels.counts["_foreach_norm"] <= 1  # of those in doubt alone
+    assert kernels.counts["segment_reduce"] == 1
+    assert copies.count + kernels.counts["_local_scalar_dense"] <= 2 + dtype.is_floating_point * 6
+    assert stats.norms.keys() == gradients.keys()
+    for name, norm in stats.norms.items():
+        assert norm == pytest.approx(alone[name].norms[name], rel=1e-6, nan_ok=True)
+    assert stats.zero == {name for name, each in alone.items() if each.zero}
+    assert stats.nonfinite == {name for name, each in alone.items() if each.nonfinite}
+    assert all(
+        torch.equal(gradient.nan_to_num(), before[name].nan_to_num())
+        for name, gradient in gradients.items()
+    )
+
+
+def test_few_or_large_gradients_are_measured_as_they_are():
+    """One that is missing, a sparse one, large ones and lazy ones leave the others to the fused kernel."""
+    parameters = crowd()
+    alike = Sensor(parameters).alike
+    gradients: dict[str, torch.Tensor] = {name: p.detach() for name, p in parameters.items()}
+    some = dict(list(gradients.items())[1:])
+    with Kernels() as kernels:
+        norms = measure(some, alike=alike).norms
+    assert (kernels.counts["_foreach_norm"], kernels.counts["segment_reduce"]) == (1, 0)
+    assert norms["layer7.weight"] == pytest.approx(gradients["layer7.weight"].norm().item())
+
+    sparse = gradients | {"layer1.weight": torch.ones(5).to_sparse()}
+    assert measure(sparse, alike=alike).norms["layer1.weight"] == pytest.approx(math.sqrt(5))
+    large = [nn.Parameter(torch.ones(1000)) for _ in range(100)]
+    assert Sensor({str(i): p for i, p in enumerate(large)}).alike == (torch.float32, None)
+    assert Sensor({"lazy": nn.LazyLinear(2).weight}).alike is None
+
+
 def test_norms_are_right_without_the_fused_kernel(monkeypatch: pytest.MonkeyPatch):
     """A torch without the fused kernel gives the same norms, one call each."""
     monkeypatch.delattr(torch, "_foreach_norm")
