@@ -14,9 +14,10 @@ from __future__ import annotations
 import math
 import weakref
 from contextlib import suppress
+from enum import Enum, auto
 from functools import cached_property
 from itertools import compress, repeat
-from operator import and_, attrgetter, call, is_, is_not, ne, not_, sub
+from operator import and_, attrgetter, call, gt, is_, is_not, ne, not_, sub
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -44,7 +45,8 @@ class Sensor:
 
     Cost:
         Two passes over ``.grad`` for each step, in C, 0.1 microseconds a parameter each; weak references
-        and versions are taken only where a gradient was held before, and of a few where all are replaced.
+        and versions are taken only where a gradient was held before: of a few where all are replaced in each step,
+        and versions alone where all are written over.
         No kernel, no synchronization, and no gradient is kept alive.
     """
 
@@ -69,10 +71,12 @@ class Sensor:
         """Whether the user's loop leaves no gradient behind at the end of a step."""
         self._lagging: frozenset[int] = frozenset()
         self._since_whole = 0
-        self._renewals = 0
-        """Steps in a row in which every gradient that was held before was replaced by another object."""
-        self._renews: bool | None = None
-        """Whether that was so when it was looked at last; None where nothing was held."""
+        self._habit = _Habit.NONE
+        """What the loop does to gradients that it still holds when a step begins."""
+        self._repeats = 0
+        """Steps in a row in which it did so, after the first one."""
+        self._done: _Habit | None = None
+        """What it did when that was looked at last; None where nothing was held."""
         self._samples: list[tuple[int, Callable[[], Tensor | None]]] = []
         """Where these are so many that a few tell: positions of some, and what was held there before."""
 
@@ -132,7 +136,7 @@ class Sensor:
         self._parameters = (*self._parameters, *parameters.values())
         self._everyone = frozenset(range(len(self.names)))
         self._pattern = _Pattern((), self._everyone, (), ())
-        self._renewals = 0
+        self._repeats = 0
         vars(self).pop("alike", None)
 
     def before(self, *, whole: bool = True) -> None:
@@ -152,8 +156,11 @@ class Sensor:
             self._held = None  # nothing is left to be found out
             return
         is_due = whole and self._since_whole >= _RARELY
-        if self._renewals >= _ENOUGH and self._first is None and not is_due:
+        if self._repeats >= _ENOUGH and self._first is None and not is_due:
             self._samples = self._sampled()
+            if self._habit is _Habit.WRITES and self._samples:
+                self._held = self._first = _Held([], _versions(self.gradients()))
+                return
             if self._samples:
                 self._held = self._first = _NOTHING
                 return
@@ -168,7 +175,7 @@ class Sensor:
     def after(self) -> None:
         """Add the parameters to which the pass gave a gradient to those of this step."""
         self._is_over = self._held is not None
-        if self._held is not None and self._held.refs:
+        if self._held is not None and self._held.versions:
             self._look()
 
     def judged(self, names: Collection[str], *, again: bool) -> None:
@@ -179,14 +186,15 @@ class Sensor:
             again: Whether that is the second time since ``settle()``.
         """
         self.restart(names)
-        if self._renews is not None:
-            self._renewals = self._renewals + 1 if self._renews else 0
+        if self._done is not None:
+            is_same = self._done is self._habit is not _Habit.NONE
+            self._habit, self._repeats = self._done, self._repeats + 1 if is_same else 0
         self._clears = self._clears and not again
         if self._clears:
             # What is there will be gone at the end; what is not counts as new, should it not be.
             self._held = self._first = _NOTHING
-        elif self._renewals >= _ENOUGH and not again and len(names) == len(self.names):
-            # What is there will be replaced after the next step begins.
+        elif self._repeats >= _ENOUGH and not again and len(names) == len(self.names):
+            # What is there will be replaced, or written over, after the next step begins.
             self._held = self._first = None
         else:
             self.before()
@@ -207,7 +215,7 @@ class Sensor:
             self._arrived = self._sure
         else:
             self._arrived = (self._arrived - chosen) | (self._sure & chosen)
-        self._held, self._is_over, self._first, self._renews = None, False, None, None
+        self._held, self._is_over, self._first, self._done = None, False, None, None
 
     def missing(self, gradients: Sequence[Tensor | None] | None = None) -> list[str]:
         """Return the names of those that want a gradient and have none of this step.
@@ -267,15 +275,21 @@ class Sensor:
         there = (present or self._present()).positions
         replaced = there
         self._latest, self._lagging = there, frozenset()
-        if held.refs:
+        kept = [ref() is self._parameters[at].grad for at, ref in self._samples]
+        self._samples = []
+        if held.versions:
             gradients = self.gradients()
-            replaced = there & held.replaced(gradients)
-            self._latest = replaced | (there & held.moved(gradients))
-            self._lagging = held.lagging(gradients) & there - replaced
-            self._renews = replaced == there
-        elif self._samples:
-            self._renews = all(ref() is not self._parameters[at].grad for at, ref in self._samples)
-            self._samples = []
+            moves = held.moves(gradients)
+            is_alike = len(set(moves)) == 1 and moves[0] > 0
+            if is_alike and not held.refs and all(kept):
+                replaced = frozenset()
+            else:
+                replaced = there & held.replaced(gradients)
+                self._latest = replaced | (there & held.moved(gradients))
+                self._lagging = held.lagging(gradients) & there - replaced
+            self._done = _habit(replaces=replaced == there, writes=is_alike and not replaced)
+        elif kept:
+            self._done = _Habit.NONE if any(kept) else _Habit.REPLACES
         self._arrived = self._joined(self._arrived, self._latest)
         self._sure = self._joined(self._sure, replaced)
         self._held, self._is_over = None, False
@@ -287,6 +301,7 @@ class Sensor:
         look at each of them twice costs eight times as much as to see that none is None. In such a loop what gets
         no gradient has None: that an old one is still there means that the loop has ceased to empty them. A few
         show that, so that all are looked at from the next step on; the whole look of logged steps shows single ones.
+        In a loop that writes over them, versions tell all but what the few are asked: that they are the same objects.
         """
         places = range(0, len(self.names), max(len(self.names) // _SAMPLES, 1))
         held = ((place, self._parameters[place].grad) for place in (*places, len(self.names) - 1))
@@ -327,8 +342,9 @@ class Sensor:
     def _is_old(self, position: int) -> bool:
         """Tell whether a gradient is one that was there before, and not one assigned by hand."""
         first = self._first
-        if first is None:
-            return True
+        if first is None or not first.refs:
+            # In brief, where what has not moved is what was there; or nothing was.
+            return first is None or bool(first.versions)
         known = position < len(first.refs)
         return known and first.refs[position]() is self._parameters[position].grad
 
@@ -351,11 +367,28 @@ class _Pattern(NamedTuple):
     absent: tuple[Tensor, ...]
 
 
+class _Habit(Enum):
+    """What a loop does, in each step, to all the gradients that it holds from the step before."""
+
+    NONE = auto()
+    """Not the same to all."""
+    REPLACES = auto()
+    """It lets go of them, and others come."""
+    WRITES = auto()
+    """It writes over them, equally often: zeros, and what backward adds."""
+
+
+def _habit(*, replaces: bool, writes: bool) -> _Habit:
+    if replaces:
+        return _Habit.REPLACES
+    return _Habit.WRITES if writes else _Habit.NONE
+
+
 class _Held(NamedTuple):
     """Which gradients there were at one moment; none is kept alive by it."""
 
     refs: list[Callable[[], Tensor | None]]
-    """One for each parameter; empty where there was no gradient at all."""
+    """One for each parameter; empty where there was no gradient at all, or where versions tell enough."""
     versions: list[int]
 
     @classmethod
@@ -374,8 +407,14 @@ class _Held(NamedTuple):
         """Return the positions at which there is another gradient now."""
         places = range(len(gradients))
         present = map(not_, _nones(gradients))
+        if not self.refs:  # a new one begins to count anew
+            return frozenset(compress(places, map(gt, self.versions, _versions(gradients))))
         others = map(is_not, map(call, self.refs), gradients)
         return frozenset(compress(places, map(and_, others, present)))
+
+    def moves(self, gradients: Sequence[Tensor | None]) -> list[int]:
+        """Return by how much each version has moved."""
+        return list(map(sub, _versions(gradients), self.versions))
 
     def moved(self, gradients: Sequence[Tensor | None]) -> frozenset[int]:
         """Return the positions at which a gradient has another version now."""
@@ -384,7 +423,7 @@ class _Held(NamedTuple):
 
     def lagging(self, gradients: Sequence[Tensor | None]) -> frozenset[int]:
         """Return the positions at which the version has moved by less than elsewhere."""
-        moves = list(map(sub, _versions(gradients), self.versions))
+        moves = self.moves(gradients)
         most = max(moves, default=0)
         if most < _AGAIN:
             return frozenset()

@@ -229,6 +229,57 @@ def test_one_old_gradient_among_new_ones_is_seen_in_a_whole_look():
     assert first < 10
 
 
+def written_over(parameters, names):
+    """Return the gradients after ``zero_grad(set_to_none=False)``, and a backward that reaches these."""
+    for name, parameter in parameters.items():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros(1)
+        parameter.grad.zero_()
+        if name in names:
+            parameter.grad.add_(1)
+    return {name: parameter.grad for name, parameter in parameters.items()}
+
+
+def in_an_overwriting_step(sensor, parameters, names, *, whole=False):
+    """Run a step that writes over all gradients; return who is missing, and who was written less often."""
+    sensor.before(whole=whole)
+    written_over(parameters, names)
+    sensor.after()
+    told = sensor.missing(), sensor.lagging
+    sensor.judged(tuple(parameters), again=False)
+    sensor.settle(tuple(parameters))
+    return told
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_in_a_loop_that_writes_over_its_gradients_one_left_at_zero_is_told(whole):
+    """Where versions are compared in place of objects, what backward leaves out was written less often."""
+    parameters = {f"p{n}": nn.Parameter(torch.ones(1)) for n in range(100)}
+    sensor = Sensor(parameters)
+    for _ in range(6):
+        found = in_an_overwriting_step(sensor, parameters, parameters, whole=whole)
+    assert found == ([], frozenset())
+
+    some = parameters.keys() - {"p17"}
+    assert in_an_overwriting_step(sensor, parameters, some, whole=whole) == ([], {"p17"})
+    assert in_an_overwriting_step(sensor, parameters, some, whole=whole) == ([], {"p17"})
+    assert in_an_overwriting_step(sensor, parameters, parameters, whole=whole) == ([], frozenset())
+
+
+def test_in_a_loop_that_wrote_over_its_gradients_others_are_told():
+    """Gradients that are emptied, kept, or replaced in such a loop are what they are."""
+    parameters = {f"p{n}": nn.Parameter(torch.ones(1)) for n in range(100)}
+    sensor = Sensor(parameters)
+    for _ in range(6):
+        in_an_overwriting_step(sensor, parameters, parameters)
+
+    kept = {name: parameter.grad for name, parameter in parameters.items()}
+    assert in_a_step(sensor, parameters, kept) == list(parameters)
+    fresh = {name: torch.ones(1) for name in parameters}
+    assert in_a_step(sensor, parameters, fresh) == []
+    assert in_a_step(sensor, parameters, fresh | {"p17": None}) == list(parameters)
+
+
 def test_after_without_before_changes_nothing():
     """An end of a backward whose beginning was not seen says nothing."""
     ps = with_stale_gradients(leaves("a"))
