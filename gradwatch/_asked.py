@@ -155,9 +155,11 @@ def _made_odd(
         odd = [up for up in above if up in known and is_odd(*known[up])]
         if len(odd) > 1:  # a sum in a loop: what is added tells more than what was there before
             tags = {up: up.metadata.get(raised.trace.tag) for up in odd}
-            odd = [
-                up for up in odd if tags[up] is None or raised.trace.ops[tags[up]].place != op.place
-            ]
+            made_at = {
+                up: None if tags[up] is None else raised.trace.ops[tags[up]].place for up in odd
+            }
+            others = {place: up for up, place in made_at.items() if place != op.place}
+            odd = list(others.values())
         is_through = op.name.rpartition(".")[2].strip("_") in handing_on
         node = odd[0] if is_through and len(odd) == 1 else None
 
@@ -344,8 +346,9 @@ def from_inference_mode(raised: Raised) -> str | None:
     """Explain a tensor of inference mode by the operation that made it."""
     failed = raised.failed
     made = raised.maker_of(failed.read[0]) if failed is not None and failed.read else None
-    while made is not None and made.grad_mode and made.inputs:
-        made = raised.maker_of(made.inputs[0])  # a view of it that was made outside
+    while made is not None and made.inputs and (made.grad_mode or made.kept):
+        # A view of it that was made outside, or a write into it.
+        made = raised.maker_of(made.inputs[0])
     if failed is None or made is None or made.grad_mode:
         modes = [s for f in files_of(raised) for s in _statements.method_calls(f, "inference_mode")]
         within = [role_of("perhaps made in there", statement(mode)) for mode in modes[:2]]

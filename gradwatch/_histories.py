@@ -156,10 +156,10 @@ def _last_reads(trace: Trace) -> dict[str, int]:
 
 def _told(raised: Raised, told: list[Diagnosis]) -> str:
     """Explain a loss without a history by the diagnosis of a parameter that should have reached it."""
-    asked = raised.asked
-    makers = [raised.maker_of(root) for root in ([] if asked is None else asked.roots)]
-    loss = next((at(op.place) for op in makers if op is not None), None)
-    fresh = role_of("all that the loss is computed from", listed(*map(at, _sources(raised))))
+    roots = _roots(raised)
+    loss = next((at(op.place) for n in roots if (op := raised.maker_of(n)) is not None), None)
+    places = listed(*map(at, _sources(raised, roots)))
+    fresh = role_of("all that the loss is computed from", places) or _constants(raised)
     said = [
         _words.error_note("no_history", listed(role_of("the loss", loss), fresh)),
         *(explain.render(d, tuple(raised.inspection.parameters)) for d in told),
@@ -208,11 +208,58 @@ def _switched_over(model: nn.Module, told: Iterable[Diagnosis]) -> str | None:
     return None
 
 
-def _sources(raised: Raised) -> list[_frames.Place | None]:
-    """Return where the tensors were made anew from which alone the loss was computed: one place, or none."""
+def made_anew(raised: Raised) -> str | None:
+    """Return where the tensor was made anew that the last loss has its history from, and no parameter."""
+    trace = raised.trace
+    behind = _behind(trace, trace.backwards[-1].roots) if trace.backwards else set[int]()
+    ops = [op for number in behind if (op := raised.maker_of(number)) is not None]
+    read = {number for op in ops if behind.isdisjoint(op.inputs) for number in op.inputs}
+    if any(trace.values[number].parameter is not None for number in read):
+        return None
+    makers = [op for number in read if (op := raised.maker_of(number)) is not None]
+    places = {at(op.place) for op in makers if not op.inputs}
+    return role_of("all that the loss is computed from", places.pop()) if len(places) == 1 else None
+
+
+def _roots(raised: Raised) -> list[int]:
+    """Return what the failing backward pass began at, as it was before a choice was joined to it."""
     asked = raised.asked
+    makers = {n: raised.maker_of(n) for n in ([] if asked is None else asked.roots)}
+    chosen = [
+        op is not None and asked is not None and op.place == asked.place for op in makers.values()
+    ]
+    return [
+        op.inputs[0] if is_chosen and op is not None and op.inputs else number
+        for (number, op), is_chosen in zip(makers.items(), chosen, strict=True)
+    ]
+
+
+def _constants(raised: Raised) -> str | None:
+    """Return where attributes that are no parameters are read, if the loss comes from them, and from no parameter."""
+    trace, places = raised.trace, list[str | None]()
+    seen, todo = set[int](), _roots(raised)
+    while todo:
+        number = todo.pop()
+        made = raised.maker_of(number)
+        if number in seen or made is None:
+            continue
+        seen.add(number)
+        makers = {n: raised.maker_of(n) for n in made.inputs}
+        # What came through Python has only chosen.
+        inputs = [n for n, op in makers.items() if op is None or op.kind is not Kind.EXIT]
+        todo += inputs
+        read = [trace.values[n] for n in inputs]
+        if any(value.parameter is not None for value in read):
+            return None
+        if any(value.attribute is not None for value in read):
+            places.append(at(made.place))
+    return role_of("the loss comes from here", listed(*places)) if len(set(places)) == 1 else None
+
+
+def _sources(raised: Raised, roots: Iterable[int]) -> list[_frames.Place | None]:
+    """Return where the tensors were made anew from which alone something was computed: one place, or none."""
     seen: set[int] = set()
-    todo = [] if asked is None else list(asked.roots)
+    todo = list(roots)
     places: list[_frames.Place | None] = []
     while todo:
         number = todo.pop()
@@ -336,6 +383,11 @@ def _shared(trace: Trace) -> tuple[str | None, ...]:
     )
     if last is None:
         return ()
+    if set(trace.backwards[-2].roots) == set(trace.backwards[-1].roots):
+        place = trace.backwards[-1].place
+        named = None if place is None else _nearby.receiver(place[:2])
+        once = listed(None if named is None else statement(named), at(last.place))
+        return (role_of("computed once, used by both", once),)
     if not roots.isdisjoint(last.outputs):
         return (_used_again(trace, last, second),)
     call = role_of("in this call", at(trace.call_around(last)))
@@ -473,6 +525,9 @@ def _story(
     same = [s for s in statements if made is not None and s.line == made.line]
     kept = next((statement(s) for s in same or statements), None)
     came = None if made is None or same else f"{_words.place(made)} (made here)"
+    # What was made before anything was traced was perhaps handed in.
+    giver = _nearby.handed_in(statements[0]) if made is None and statements else None
+    kept = listed(None if giver is None else statement(giver), kept)
     used = at(read)
     if used in {None, kept, None if made is None else _words.place(made)}:
         return listed(kept, came)

@@ -466,6 +466,39 @@ def first_argument(step: Step, outer: CodeType) -> Statement | None:
     return statements[0] if statements else None
 
 
+def receiver(step: Step) -> Statement | None:
+    """Return the statement that assigned the name whose method is called: `loss = ...` of `loss.backward()`."""
+    home = function(step[0]) or tree(step[0].co_filename)
+    read = None if home is None else expression(step, home)
+    if not isinstance(read, ast.Call) or not isinstance(read.func, ast.Attribute) or home is None:
+        return None
+    name = root_of(read.func.value)
+    found = statements_of(step[0].co_filename, _assigned(name, own_nodes(home), read.lineno)[-1:])
+    return found[0] if found else None
+
+
+def handed_in(found: Statement) -> Statement | None:
+    """Return the only call that hands in what a statement keeps: `Kernel(scale.exp())` of `self.scale = scale`."""
+    module = tree(found.file)
+    around = _functions_around(module, found.line)
+    if module is None or not around:
+        return None
+    inside = around[-1]
+    kept = [n for n in own_nodes(inside) if isinstance(n, ast.Assign) and n.lineno == found.line]
+    values = [
+        v for n in kept for v in (n.value.elts if isinstance(n.value, ast.Tuple) else [n.value])
+    ]
+    given = {argument.arg for argument in inside.args.args[1:]}
+    if not values or not all(isinstance(v, ast.Name) and v.id in given for v in values):
+        return None
+    name = inside.name
+    if name == "__init__":
+        owners = [n for n in ast.walk(module) if isinstance(n, ast.ClassDef) and inside in n.body]
+        name = owners[0].name if owners else ""
+    calls = [n for n in ast.walk(module) if isinstance(n, ast.Call) and called(n) == name]
+    return statements_of(found.file, calls)[0] if len(calls) == 1 else None
+
+
 def read_before(step: Step) -> list[Statement]:
     """Return what assigned the name that a call is given first, and the first line that reads it before the call."""
     home = function(step[0]) or tree(step[0].co_filename)

@@ -30,7 +30,7 @@ from gradwatch._failure import (
     role_of,
     statement,
 )
-from gradwatch._histories import frozen_ones
+from gradwatch._histories import frozen_ones, made_anew
 from gradwatch._record import held_by, unregistered
 from gradwatch.report import Status
 
@@ -112,7 +112,8 @@ def stepped_over_nothing(raised: Raised) -> str | None:
     if mine:
         found = raised.inspection.diagnose(dict.fromkeys(mine, Status.MISSING), 0)
         said = [explain.render(d, tuple(parameters)) for d in found[:1]]
-        return "\n\n".join([_words.error_note("nothing_to_unscale", last), *said])
+        where = listed(made_anew(raised), last)
+        return "\n\n".join([_words.error_note("nothing_to_unscale", where), *said])
     loose = [name for name, p in parameters.items() if p.requires_grad and id(p) not in owned]
     modules = [part for name in loose for part in reversed(name.split(".")[:-1])]
     parts = dict.fromkeys([*modules, *(name.rpartition(".")[2] for name in loose)])

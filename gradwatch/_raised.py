@@ -256,6 +256,7 @@ _KINDS: tuple[tuple[str, Find], ...] = (
     ("Recomputed values for the following tensors have different metadata", recomputed_otherwise),
     ("can't optimize a non-leaf Tensor", no_leaf),
     ("' as parameter '", no_parameter),
+    ("' object to parameter '", raising("registered_tensor")),
     ("unscale_() has already been called", unscaled_twice),
     ("unscale_() is being called after step()", raising("stepped_before")),
     ("step() has already been called since", raising("stepped_before")),

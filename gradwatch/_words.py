@@ -558,6 +558,10 @@ ERRORS = {
         "the result of an operation is assigned to the name of a parameter",
         "change the parameter's values, `with torch.no_grad(): weight.copy_(...)`, or keep the result under a name of its own",
     ),
+    "registered_tensor": (
+        "a tensor that is no parameter is registered as one",
+        "wrap it: `nn.Parameter(tensor)`, or use `register_buffer` for what does not train",
+    ),
     "grad_of_a_result": (
         "`.grad` is None here: it is kept for leaves, and this is the result of an operation",
         "call `.retain_grad()` before the backward pass, or make it a leaf: `x = x.detach().requires_grad_()`",

@@ -3682,6 +3682,128 @@ FILES = {
             recorder.curve()
         """,
     ),
+    "the loss that is computed before a loop": (
+        "Trying to backward through the graph a second time",
+        """
+        model = nn.Linear(2, 1)
+
+        def loss_of(x):
+            return model(x).square().mean()
+
+        def step():
+            loss = loss_of(torch.ones(3, 2))  # <- here
+            for _ in range(2):
+                loss.backward()
+        """,
+    ),
+    "what an object was handed before the step": (
+        "Trying to backward through the graph a second time",
+        """
+        class Kernel:
+            def __init__(self, scale, shift):
+                self.scale, self.shift = scale, shift
+
+            def __call__(self, x):
+                return (x / self.scale).exp() + self.shift
+
+        class Process(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.log_scale = nn.Parameter(torch.zeros(2))
+                self.kernel = Kernel(self.log_scale.exp(), 1.0)  # <- here
+
+        model = Process()
+
+        def step():
+            for _ in range(2):
+                with diagnose(model):
+                    model.kernel(torch.ones(3, 2)).sum().backward()
+        """,
+    ),
+    "the constant that is returned in a special case": (
+        "does not require grad and does not have a grad_fn",
+        """
+        class Scene(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.depth = nn.Parameter(-torch.ones(3))
+                self.background = torch.ones(3)
+
+            def forward(self):
+                if not (self.depth > 0).any():
+                    return self.background * 0.5  # <- here
+                return self.depth.exp()
+
+        model = Scene()
+
+        def step():
+            (model() - torch.zeros(3)).abs().mean().backward()
+        """,
+    ),
+    "the fresh zero that a scaler is given": (
+        "No inf checks were recorded for this optimizer",
+        """
+        model = nn.Linear(2, 1)
+
+        def masked(loss, mask):
+            if not mask.any():
+                return torch.zeros((), requires_grad=True)  # <- here
+            return loss[mask].mean()
+
+        def step():
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            scaler = torch.amp.GradScaler("cpu")
+            out = model(torch.ones(3, 2)).square()
+            loss = 0.5 * masked(out, torch.zeros(3, 1, dtype=torch.bool))
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+        """,
+    ),
+    "what was allocated in inference mode, and is written again": (
+        "Inplace update to inference tensor",
+        """
+        model = nn.Linear(2, 1)
+        slots = {}
+
+        def store(x):
+            if "x" not in slots:
+                slots["x"] = torch.empty(x.shape)  # <- here
+            slots["x"].copy_(x.detach())
+
+        def step():
+            with torch.inference_mode():
+                store(torch.ones(3, 2))
+            store(torch.ones(3, 2))
+            model(torch.ones(3, 2)).sum().backward()
+        """,
+    ),
+    "the term of a sum that keeps one value for each": (
+        "can be implicitly created only for scalar outputs",
+        """
+        model = nn.Linear(2, 2)
+
+        def distance(one, two):
+            return 2 - 2 * (one * two).sum(dim=1)  # <- here
+
+        def half(one, two):
+            return distance(model(one), two)
+
+        def step():
+            one, two = torch.ones(3, 2), torch.ones(3, 2)
+            loss = 0.5 * (half(one, two) + half(two, one))
+            loss.backward()
+        """,
+    ),
+    "a tensor that is registered as a parameter": (
+        "object to parameter 'weight' (torch.nn.Parameter or None required)",
+        """
+        model = nn.Linear(2, 1)
+
+        def step():
+            filters = torch.ones(1, 2)
+            model.register_parameter("weight", filters)  # <- here
+        """,
+    ),
     "what took the dimension away": (
         "invalid index of a 0-dim tensor",
         """
