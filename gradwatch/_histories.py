@@ -224,13 +224,12 @@ def made_anew(raised: Raised) -> str | None:
 def _roots(raised: Raised) -> list[int]:
     """Return what the failing backward pass began at, as it was before a choice was joined to it."""
     asked = raised.asked
-    makers = {n: raised.maker_of(n) for n in ([] if asked is None else asked.roots)}
-    chosen = [
-        op is not None and asked is not None and op.place == asked.place for op in makers.values()
-    ]
+    if asked is None:
+        return []
+    makers = [(number, raised.maker_of(number)) for number in asked.roots]
     return [
-        op.inputs[0] if is_chosen and op is not None and op.inputs else number
-        for (number, op), is_chosen in zip(makers.items(), chosen, strict=True)
+        op.inputs[0] if op is not None and op.inputs and op.place == asked.place else number
+        for number, op in makers
     ]
 
 

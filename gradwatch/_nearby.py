@@ -19,6 +19,7 @@ from gradwatch._source import (
     class_nodes,
     expression,
     file_of,
+    flat_targets,
     function,
     last_name,
     own_nodes,
@@ -381,7 +382,7 @@ def _assigned(name: str, nodes: Iterable[ast.AST], before: int) -> list[ast.Assi
         node
         for node in nodes
         if isinstance(node, ast.Assign)
-        and any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
+        and any(isinstance(t, ast.Name) and t.id == name for t in flat_targets(node))
         and node.lineno < before
     ]
     return sorted(found, key=lambda node: node.lineno)

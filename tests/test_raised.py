@@ -3688,10 +3688,11 @@ FILES = {
         model = nn.Linear(2, 1)
 
         def loss_of(x):
-            return model(x).square().mean()
+            out = model(x)
+            return out.square().mean(), out
 
         def step():
-            loss = loss_of(torch.ones(3, 2))  # <- here
+            loss, out = loss_of(torch.ones(3, 2))  # <- here
             for _ in range(2):
                 loss.backward()
         """,
