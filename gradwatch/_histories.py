@@ -39,11 +39,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gradwatch._failure import Find
-    from gradwatch._record import Op
+    from gradwatch._record import Backward, Op
     from gradwatch._trace import Trace
 
 _MOST_NODES = 100_000
 _MOST_SETTINGS = 4
+_EARLIER_AND_LATER = 2
 _MODES = ("no_grad", "inference_mode")
 
 
@@ -120,7 +121,7 @@ def no_history(raised: Raised) -> str | None:
         return all_frozen(raised.model, raised.trace)
     found = raised.inspection.diagnose(dict.fromkeys(wanting, Status.MISSING), 0)
     told = _to_blame(raised.trace, found)
-    return _computed_off(raised, told) or _told(raised, told) if told else None
+    return _computed_off(raised, told) or _told(raised, told, found) if told else None
 
 
 def _to_blame(trace: Trace, found: Iterable[Diagnosis]) -> list[Diagnosis]:
@@ -154,7 +155,24 @@ def _last_reads(trace: Trace) -> dict[str, int]:
     return last
 
 
-def _told(raised: Raised, told: list[Diagnosis]) -> str:
+def _cut_as_well(raised: Raised, told: list[Diagnosis], found: Iterable[Diagnosis]) -> str | None:
+    """Return the places at which other parameters are cut off from the loss: one of these may be the one not meant."""
+    others = [
+        d
+        for d in found
+        if d not in told and d.site is not None and d.cause in {*_CUTS, Cause.NO_GRAD}
+    ]
+    switches = {place for _, each in raised.trace.switches if (place := at(each)) is not None}
+    off = switches if any(d.cause is Cause.NO_GRAD for d in others) else set[str]()
+    lines = [f"{_words.place(d.site)} ({d.cause})" for d in others if d.site is not None]
+    where = listed(*lines[:_MOST_SETTINGS], *(off if len(off) == 1 else ()))
+    return None if where is None else _words.cut_as_well(where)
+
+
+_CUTS = (Cause.DETACHED, Cause.LEFT_TORCH, Cause.NON_DIFFERENTIABLE)
+
+
+def _told(raised: Raised, told: list[Diagnosis], found: Iterable[Diagnosis]) -> str:
     """Explain a loss without a history by the diagnosis of a parameter that should have reached it."""
     roots = _roots(raised)
     loss = next((at(op.place) for n in roots if (op := raised.maker_of(n)) is not None), None)
@@ -165,6 +183,7 @@ def _told(raised: Raised, told: list[Diagnosis]) -> str:
         *(explain.render(d, tuple(raised.inspection.parameters)) for d in told),
     ]
     more = (
+        _cut_as_well(raised, told, found),
         _run_inside(raised.error) if told[0].cause is Cause.NO_GRAD else None,
         _switched_over(raised.model, told),
         _frozen_on_the_way(raised),
@@ -356,25 +375,41 @@ def gone_over_twice(raised: Raised) -> str | None:
     kept = kept_in_step(raised) or carried_over(raised)
     if kept is not None:
         return _words.error_note("kept", *kept)
-    places = [at(backward.place) for backward in raised.trace.backwards]
-    if len(places) > 1:
-        first = raised.trace.backwards[-2].place
-        held = None if first is None else _nearby.surrounding(first[:2], "cached")
+    passes = raised.trace.backwards
+    failed = at(passes[-1].place) if passes else None
+    earlier = _earlier(raised.trace)
+    if earlier is not None:
+        place = earlier.place
+        held = None if place is None else _nearby.surrounding(place[:2], "cached")
         cache = None if held is None else role_of("kept as long as this lasts", statement(held))
-        earlier = f"{places[-2]} (the earlier one)"
-        shared = _shared(raised.trace)
-        return _words.error_note("twice", listed(cache, *shared, earlier, places[-1]))
-    return _words.error_note("twice", places[-1]) if places else None
+        chosen = place is not None and _source.is_of_arguments(place[:2])
+        call = _nearby.only_call(place.code, place[:2]) if place is not None and chosen else None
+        first = role_of(
+            "the earlier one", listed(None if call is None else statement(call), at(place))
+        )
+        shared = _shared(raised.trace, earlier, passes[-1])
+        return _words.error_note("twice", listed(cache, *shared, first, failed))
+    return _words.error_note("twice", failed) if passes else None
 
 
-def _shared(trace: Trace) -> tuple[str | None, ...]:
-    """Return the last operation that both of the last two backward passes went through, if it is no root.
+def _earlier(trace: Trace) -> Backward | None:
+    """Return the last pass that went through some of what the failing one, which is the last of all, goes through."""
+    if len(trace.backwards) < _EARLIER_AND_LATER:
+        return None
+    *before, failed = trace.backwards
+    behind = _behind(trace, failed.roots)
+    through = (b for b in reversed(before) if not behind.isdisjoint(_behind(trace, b.roots)))
+    return next(through, before[-1])
+
+
+def _shared(trace: Trace, earlier: Backward, later: Backward) -> tuple[str | None, ...]:
+    """Return the last operation that two backward passes went through, if it is no root.
 
     And those through which each pass came to it, the earlier one first, when it can be cut off there.
     """
-    first, second = (_behind(trace, backward.roots) for backward in trace.backwards[-2:])
+    first, second = _behind(trace, earlier.roots), _behind(trace, later.roots)
     common = first & second
-    roots = {number for backward in trace.backwards for number in backward.roots}
+    roots = {*earlier.roots, *later.roots}
     last = max(
         (op for op in trace.ops if not common.isdisjoint(op.outputs)),
         key=lambda op: op.index,
@@ -382,8 +417,8 @@ def _shared(trace: Trace) -> tuple[str | None, ...]:
     )
     if last is None:
         return ()
-    if set(trace.backwards[-2].roots) == set(trace.backwards[-1].roots):
-        place = trace.backwards[-1].place
+    if set(earlier.roots) == set(later.roots):
+        place = later.place
         named = None if place is None else _nearby.receiver(place[:2])
         once = listed(None if named is None else statement(named), at(last.place))
         return (role_of("computed once, used by both", once),)
@@ -396,9 +431,10 @@ def _shared(trace: Trace) -> tuple[str | None, ...]:
     named = _nearby.outer_assignment(taken.place[:2])
     own = _given_to(last.place, besides=taken.place)
     once = listed(None if named is None else statement(named), own)
-    earlier = trace.backwards[-2].place
-    # Where a helper's line is, the call of the helper before the earlier pass tells more.
-    calls = [] if earlier is None else _nearby.calls_before(earlier[:2], taken.place.code.co_name)
+    # Where a helper's line is, the call of the helper before the earlier pass tells more, and the one behind it.
+    helper = taken.place.code.co_name
+    place = earlier.place
+    calls = [] if place is None else _nearby.calls_before(place[:2], helper)
     into = trace.call_around(taken)
     ways = [
         *map(statement, calls[-1:]),
@@ -406,11 +442,26 @@ def _shared(trace: Trace) -> tuple[str | None, ...]:
         at(taken.place),
     ]
     again = _reader(trace, last, second - first)
+    here = None if again is None else at(again.place)
+    if again is not None and again.place is not None and again.place.code is taken.place.code:
+        others = _nearby.other_calls(helper, [*calls[-1:]], None if place is None else place[:2])
+        here = listed(*map(statement, others)) or here
+    out = None if place is None or last.place is None else _handed_out(last.place, place, again)
     return (
         listed(role_of("computed once, used by both", once), call),
         role_of("goes into the earlier one here", listed(*ways)),
-        role_of("goes into the later one here", None if again is None else at(again.place)),
+        role_of("goes on from here, used up", out),
+        role_of("goes into the later one here", here),
     )
+
+
+def _handed_out(made: _frames.Place, earlier: _frames.Place, again: Op | None) -> str | None:
+    """Return the ``return`` by which a function hands out what its own backward pass has used up."""
+    elsewhere = again is None or again.place is None or again.place.code is not made.code
+    if made.code is not earlier.code or not elsewhere:
+        return None
+    found = _nearby.returned_after(made[:2], earlier[:2])
+    return None if found is None else statement(found)
 
 
 def _reader(trace: Trace, last: Op, behind: set[int]) -> Op | None:
@@ -511,8 +562,9 @@ def _kept_in(
                     lost = role_of("its result is dropped", next(iter(dropped), None))
                     story = _story([*filled, *statements], made, read)
                     return listed(lost, story), kept_as
-    # What a decorator keeps is in no attribute.
+    # What a decorator keeps is in no attribute, and what an object holds is not looked for.
     around = [] if made is None else _nearby.keeping_decorators(made.file, made.line)
+    around = around or ([] if made is None else _nearby.stored_after(made.file, made.line))
     statements = around or ([] if read is None else _nearby.stores(read[:2]))
     return (_story(statements, made, read), "") if statements or made or read else None
 

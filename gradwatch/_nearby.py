@@ -33,7 +33,7 @@ from gradwatch._source import (
 from gradwatch._statements import is_call_of, keeping_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from types import CodeType
 
 
@@ -46,9 +46,24 @@ def only_call(code: CodeType, besides: Step | None = None) -> Statement | None:
     calls = [
         node
         for node in (() if module is None else ast.walk(module))
-        if isinstance(node, ast.Call) and called(node) == code.co_name and node not in left_out
+        if isinstance(node, ast.Call)
+        and called(node) == code.co_name
+        and node not in left_out
+        and _may_call(node, function(code))
     ]
     return statements_of(code.co_filename, calls)[0] if len(calls) == 1 else None
+
+
+def _may_call(call: ast.Call, definition: ast.AST | None) -> bool:
+    """Tell whether a call hands over as much as a function needs: a method of another class may have its name."""
+    if not isinstance(definition, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return True
+    given = [*call.args, *call.keywords]
+    is_open = any(isinstance(each, ast.Starred) for each in call.args)
+    is_open = is_open or any(keyword.arg is None for keyword in call.keywords)
+    names = [argument.arg for argument in definition.args.args]
+    needed = len(names) - (names[:1] in (["self"], ["cls"])) - len(definition.args.defaults)
+    return is_open or len(given) >= needed
 
 
 def stores(step: Step) -> list[Statement]:
@@ -147,7 +162,7 @@ def _kept_under(file: str, names: Collection[str], most: int | None = None) -> l
     return statements_of(file, [node for _, node in sorted(ranked, key=lambda pair: pair[0])])
 
 
-def _is_in_line(node: ast.expr, line: tuple[int, ...] | None) -> bool:
+def _is_in_line(node: ast.expr | ast.stmt, line: tuple[int, ...] | None) -> bool:
     return line is not None and node.lineno <= line[0] <= (node.end_lineno or node.lineno)
 
 
@@ -160,6 +175,100 @@ def calls_before(step: Step, name: str) -> list[Statement]:
     calls = [n for n in simple if any(is_call_of(inner, name) for inner in ast.walk(n))]
     found = sorted(statements_of(step[0].co_filename, calls), key=lambda call: call.line)
     return [call for call in found if call.line <= place[0]]
+
+
+def other_calls(name: str, known: Sequence[Statement], step: Step | None) -> list[Statement]:
+    """Return the other call of a function where its file has two, and what it is handed there that is kept elsewhere.
+
+    Args:
+        name: The name of the function.
+        known: The one call, where that is known.
+        step: A place; without a known call the one behind it, in its function, is meant.
+    """
+    file = known[0].file if known else step[0].co_filename if step is not None else ""
+    module = tree(file)
+    simple = [
+        n
+        for n in (() if module is None else ast.walk(module))
+        if isinstance(n, (ast.Assign, ast.Expr, ast.Return))
+        and any(is_call_of(inner, name) for inner in ast.walk(n))
+    ]
+    place = None if step is None else span(step)
+    inside = None if step is None else function(step[0])
+    mine = frozenset() if inside is None else frozenset(own_nodes(inside))
+    behind = [n for n in simple if n in mine and place is not None and n.lineno > place[0]]
+    lines = {found.line for found in known}
+    others = [n for n in simple if n.lineno not in lines]
+    chosen = behind[:1] or (others if known and len(others) == 1 else [])
+    return [
+        found
+        for n in chosen
+        for found in statements_of(file, [*_kept_arguments(module, n, name), n])
+    ]
+
+
+def _kept_arguments(module: ast.Module | None, statement: ast.stmt, name: str) -> list[ast.AST]:
+    """Return what assigned the names that a call is handed, where that only takes something kept elsewhere."""
+    around = _functions_around(module, statement.lineno)
+    nodes = list(own_nodes(around[-1])) if around else []
+    calls = [n for n in ast.walk(statement) if isinstance(n, ast.Call) and is_call_of(n, name)]
+    names = [arg.id for call in calls for arg in call.args if isinstance(arg, ast.Name)]
+    last = [found[-1] for each in names if (found := _assigned(each, nodes, statement.lineno))]
+    return [n for n in last if isinstance(n.value, (ast.Attribute, ast.Subscript))]
+
+
+def returned_after(made: Step, step: Step) -> Statement | None:
+    """Return the ``return`` behind a place that hands out the name which another line of the function assigns."""
+    inside, first, last = function(made[0]), span(made), span(step)
+    if inside is None or first is None or last is None:
+        return None
+    nodes = list(own_nodes(inside))
+    lines = [n for n in nodes if isinstance(n, ast.Assign) and _is_in_line(n, first)]
+    names = {last_name(target) for n in lines for target in flat_targets(n)} - {""}
+    returns = [n for n in nodes if isinstance(n, ast.Return) and n.value and n.lineno > last[0]]
+    handing = [n for n in returns if names & {i.id for i in ast.walk(n) if isinstance(i, ast.Name)}]
+    found = statements_of(made[0].co_filename, handing[:1])
+    return found[0] if found else None
+
+
+def stored_after(file: str, line: int) -> list[Statement]:
+    """Return where a function keeps, in an attribute or an element, what is made of the name that a line assigns."""
+    around = _functions_around(tree(file), line)
+    nodes = list(own_nodes(around[-1])) if around else []
+    assigns = [n for n in nodes if isinstance(n, ast.Assign)]
+    made = [n for n in assigns if n.lineno == line]
+    names = {t.id for n in made for t in flat_targets(n) if isinstance(t, ast.Name)}
+    kept = [
+        n
+        for n in assigns
+        if n.lineno > line
+        and any(isinstance(t, (ast.Attribute, ast.Subscript)) for t in flat_targets(n))
+        and names & {i.id for i in ast.walk(n.value) if isinstance(i, ast.Name)}
+    ]
+    return statements_of(file, kept)
+
+
+def groups_of(step: Step) -> list[Statement]:
+    """Return what assigned the lists of an optimizer's groups: `decayed = [...]` of `SGD([{"params": decayed}])`."""
+    home = function(step[0]) or tree(step[0].co_filename)
+    read = None if home is None else expression(step, home)
+    if not isinstance(read, ast.Call) or not read.args or home is None:
+        return []
+    nodes, given = list(own_nodes(home)), read.args[0]
+    if isinstance(given, ast.Name):
+        made = _assigned(given.id, nodes, read.lineno)[-1:]
+        given = made[0].value if made else given
+    values = [
+        value
+        for group in ast.walk(given)
+        if isinstance(group, ast.Dict)
+        for key, value in zip(group.keys, group.values, strict=True)
+        if isinstance(key, ast.Constant) and key.value == "params"
+    ]
+    names = {n.id for value in values for n in ast.walk(value) if isinstance(n, ast.Name)}
+    assigns = [n for name in sorted(names) for n in _assigned(name, nodes, read.lineno)[-1:]]
+    found = dict.fromkeys(statements_of(step[0].co_filename, assigns))
+    return sorted(found, key=lambda each: each.line)
 
 
 def element_of(found: Statement, path: Iterable[str]) -> Statement:

@@ -138,9 +138,11 @@ def in_two_groups(raised: Raised) -> str | None:
     twice = before.intersection(map(id, group.get("params", ())))
     parameters = raised.inspection.parameters
     names = tuple(name for name, p in parameters.items() if id(p) in twice)
-    last = at(last_of_user(raised.error))
+    last = last_of_user(raised.error)
+    groups = [] if last is None else _nearby.groups_of(last[:2])
+    where = listed(*(role_of("one of the groups", statement(s)) for s in groups), at(last))
     folded = _words.listed(explain.fold(names, tuple(parameters)))
-    return _words.error_note("in_two_groups", last, folded) if names else None
+    return _words.error_note("in_two_groups", where, folded) if names else None
 
 
 def sparse_gradients(raised: Raised) -> str | None:

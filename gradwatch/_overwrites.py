@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 from gradwatch import _nearby, _words
 from gradwatch._calls import Kind
 from gradwatch._failure import (
+    BY_PLACE,
     Raised,
     at,
     callers_in,
     failing,
+    failing_places,
     listed,
     local_owner,
     made_in_place,
@@ -134,6 +136,24 @@ def behind_a_hook(raised: Raised) -> str | None:
     in_place = made_in_place(raised, layer)
     wrote = role_of("changes its input in place", wrote)
     return _words.error_note("behind_a_hook", listed(*map(statement, found[:1]), in_place, wrote))
+
+
+def expanded_in_place(raised: Raised) -> str | None:
+    """Explain a write into expanded memory by the call; in a backward pass by what expanded it, and the writes."""
+    places = [at(place) for place in failing_places(raised)]
+    expanded = {n: op for op in raised.trace.ops if op.name.endswith(_EXPANDS) for n in op.outputs}
+    if raised.asked is not None:
+        writes = [w for w in raised.trace.writes if not expanded.keys().isdisjoint(w.before)]
+        made = dict.fromkeys(
+            at(expanded[n].place) for w in writes for n in w.before if n in expanded
+        )
+        written = (role_of("written into here", at(w.place)) for w in writes)
+        places = [*made, *written, *places]
+    return _words.error_note("expanded_in_place", listed(*places)) if places else None
+
+
+BY_PLACE[expanded_in_place] = "expanded_in_place"
+_EXPANDS = (".expand", ".expand_as", ".broadcast_to")
 
 
 def culprit(

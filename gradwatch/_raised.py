@@ -83,7 +83,12 @@ from gradwatch._optimizers import (
     stepped_over_nothing,
     unscaled_twice,
 )
-from gradwatch._overwrites import behind_a_hook, overwritten, view_without_history
+from gradwatch._overwrites import (
+    behind_a_hook,
+    expanded_in_place,
+    overwritten,
+    view_without_history,
+)
 from gradwatch.report import Diagnosis, Status
 
 if TYPE_CHECKING:
@@ -273,7 +278,8 @@ _KINDS: tuple[tuple[str, Find], ...] = (
     ("appear in more than one parameter group", in_two_groups),
     ("cannot resize variables that require grad", failing("resized")),
     ("from the 'Sparse", sparse_gradients),
-    ("refers to a single memory location", failing("expanded_in_place")),
+    ("refers to a single memory location", expanded_in_place),
+    ("zero-dimensional tensor (at position", failing("cat_of_scalars")),
     ("Batch norm got a batched tensor as input", norm_in_vmap),
     ("' returned nan values in its", not_a_number),
     ("Backward hook returned an invalid number", hook_of_a_module),

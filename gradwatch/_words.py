@@ -638,6 +638,10 @@ ERRORS = {
         "a gradient of another size than the parameter is assigned",
         "give it the shape of the parameter: `p.grad = piece.view_as(p)`",
     ),
+    "cat_of_scalars": (
+        "tensors with 0 dimensions, such as losses, are concatenated",
+        "use `torch.stack`, which gives them a dimension",
+    ),
     "expanded_in_place": (
         "a tensor whose elements share memory, as those of `expand` do, is changed in place",
         "write `x = x + y` in place of `x += y`, or `.clone()` it first",
@@ -905,6 +909,11 @@ def error_note(kind: str, where: str | None, *facts: str | None) -> str:
 def set_here(attribute: str, where: str) -> str:
     """Say where an attribute is set that decides what a forward reads."""
     return f"`self.{attribute}` is set here\n  --> {where}"
+
+
+def cut_as_well(where: str) -> str:
+    """Say where else parameters are cut off from a loss."""
+    return f"others are cut off from the loss as well\n  --> {where}"
 
 
 def called_inside(where: str) -> str:

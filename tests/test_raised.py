@@ -3805,6 +3805,195 @@ FILES = {
             model.register_parameter("weight", filters)  # <- here
         """,
     ),
+    "the pass that used the graph up, and not the last one": (
+        "Trying to backward through the graph a second time",
+        """
+        model = nn.Linear(2, 2)
+        head = nn.Linear(2, 1)
+
+        def step():
+            out = model(torch.ones(3, 2)).tanh()
+            out.square().mean().backward()  # <- here
+            leaf = out.detach().requires_grad_()
+            head(leaf).mean().backward()
+            (out * leaf.grad).sum().backward()
+        """,
+    ),
+    "the call of a helper that goes backward": (
+        "Trying to backward through the graph a second time",
+        """
+        model = nn.Linear(2, 1)
+
+        class Engine:
+            def backward(self, loss):
+                loss.backward()
+
+        def handled():
+            total = model(torch.ones(3, 2)).square().mean()
+            Engine().backward(total)  # <- here
+            return total
+
+        def step():
+            handled().backward()
+        """,
+    ),
+    "the second call of a helper": (
+        "Trying to backward through the graph a second time",
+        """
+        model = nn.Linear(2, 1)
+
+        def criterion(out):
+            return (out - 1).square().mean()
+
+        def again(out, loss):
+            loss.backward()
+            model(torch.ones(3, 2))
+            late = criterion(out)  # <- here
+            return late
+
+        def step():
+            out = model(torch.ones(3, 2)).exp()
+            again(out, criterion(out)).backward()
+        """,
+    ),
+    "what is taken from where the earlier pass left it": (
+        "Trying to backward through the graph a second time",
+        """
+        class Pair(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.critic = nn.Linear(2, 1)
+
+            def compared(self, one, two):
+                return (one - two.mean()).square().mean()
+
+            def first(self, x):
+                self.score = self.critic(x).exp()
+                loss = self.compared(self.score, self.critic(x))
+                loss.backward()
+
+            def second(self, x):
+                score = self.score  # <- here
+                return self.compared(score, self.critic(x))
+
+        model = Pair()
+
+        def step():
+            model.first(torch.ones(3, 2))
+            model.second(torch.ones(3, 2)).backward()
+        """,
+    ),
+    "the outputs that an adapting forward hands out": (
+        "Trying to backward through the graph a second time",
+        """
+        class Adapting(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = nn.Linear(2, 2)
+
+            def forward(self, x):
+                outputs = self.net(x).softmax(1)
+                loss = outputs.square().mean()
+                loss.backward()
+                return outputs  # <- here
+
+        model = Adapting()
+
+        def step():
+            model(torch.ones(3, 2)).log().mean().backward()
+        """,
+    ),
+    "an object that keeps what was made": (
+        "Trying to backward through the graph a second time",
+        """
+        from torch.distributions import Normal
+
+        class Kept(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.log_scale = nn.Parameter(torch.zeros(2))
+                self.memo = {}
+
+            def made(self):
+                if "q" not in self.memo:
+                    scale = self.log_scale.exp()
+                    self.memo["q"] = Normal(0.0, scale)  # <- here
+                return self.memo["q"]
+
+        model = Kept()
+
+        def step():
+            for _ in range(2):
+                with diagnose(model):
+                    model.made().rsample().square().sum().backward()
+        """,
+    ),
+    "the expanded tensor that is written into": (
+        "refers to a single memory location",
+        """
+        import warnings
+
+        model = nn.Linear(2, 3)
+
+        def step():
+            out = model(torch.ones(1, 2)).softmax(1)
+            wide = out.expand(3, 3)  # <- here
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                wide[(wide < 0.5).detach()] = 0.1
+            wide.log().sum().backward()
+        """,
+    ),
+    "another cut than the one that is told first": (
+        "does not require grad and does not have a grad_fn",
+        """
+        class Filter(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.own = nn.Parameter(torch.ones(2))
+                self.fixed = nn.Parameter(torch.ones(2))
+
+        model = Filter()
+        other = nn.Linear(2, 2)
+
+        def tested(x):
+            with torch.no_grad():  # <- here
+                return other(x)
+
+        def step():
+            out = tested(torch.ones(3, 2) * model.own)
+            kernel = model.fixed.detach()
+            (out * kernel).sum().backward()
+        """,
+    ),
+    "the group that holds what another one holds too": (
+        "appear in more than one parameter group",
+        """
+        class Tied(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed, self.head = nn.Embedding(4, 2), nn.Linear(2, 4, bias=False)
+                self.head.weight = self.embed.weight
+
+        model = Tied()
+
+        def step():
+            low = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]  # <- here
+            others = list(model.embed.parameters())
+            groups = [{"params": others}, {"params": low, "lr": 0.2}]
+            torch.optim.SGD(groups, lr=0.1)
+        """,
+    ),
+    "losses that are concatenated": (
+        "zero-dimensional tensor (at position 0) cannot be concatenated",
+        """
+        model = nn.Linear(2, 1)
+
+        def step():
+            losses = [model(torch.ones(1, 2)).sum() for _ in range(2)]
+            torch.cat(losses).sum().backward()  # <- here
+        """,
+    ),
     "what took the dimension away": (
         "invalid index of a 0-dim tensor",
         """
