@@ -46,7 +46,7 @@ FEWEST, MOST = 10, 1200
 WARM = 3
 TO_HOST = frozenset(["tolist", "numpy", "cpu"])
 """Methods of tensors that copy to the host and are no kernel; ``item()`` is one."""
-VIEWS = frozenset(["alias", "detach", "view"])
+VIEWS = frozenset(["alias", "detach", "lift_fresh", "view"])
 """Operations that run no kernel."""
 EVERY = 50
 

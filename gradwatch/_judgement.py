@@ -141,11 +141,23 @@ class Judgement:
     def _of(
         self, covered: tuple[str, ...], optimizer: Any, now: Moment
     ) -> tuple[Report, bool] | None:
-        exchange = self._exchange(now)
-        facts, clipped = self._known(covered, optimizer, now, exchange)
+        watched, exchange = self._watched, self._exchange(now)
+        measures = self._can_measure(now, exchange)
+        # To read a gradient again costs as much as a tenth of its norm: where norms are taken, all are read once.
+        sensor, found_now = watched.sensor, watched.sensor.gradients() if measures else None
+        absent = watched.absent(found_now)
+        if sensor is not watched.sensor:  # the model was looked at anew
+            covered, found_now = watched.owners.covered(optimizer), None
+        facts = self._facts(covered, absent, now)
+        if exchange is not None:
+            exchange.news = bool(self._unshared or self._unexplained(facts))
+        clipped = None
+        if measures:
+            held = found_now if len(covered) == len(watched.names.parameters) else None
+            clipped = self._measure(facts, covered, optimizer, now, exchange=exchange, found=held)
         facts.hold_emptied(self._emptied_before(covered, now))
         alerts = self.rules.observe(self._observed(facts, covered, now))
-        owners = self._watched.owners
+        owners = watched.owners
         healed = self._ledger.heal(covered, facts, now.step, owners.orphans)
         found = self._diagnosed(covered, facts, now)
         if exchange is not None:
@@ -166,7 +178,7 @@ class Judgement:
             norms=facts.stats.norms if now.logged else {},
             total_norm=facts.stats.total if now.logged else None,
             clipped_norm=clipped,
-            aliases=self._watched.names.aliases,
+            aliases=watched.names.aliases,
             diagnoses=(*self._ledger.holding, *healed),
             alerts=alerts,
             batch=now.batch,
@@ -194,39 +206,25 @@ class Judgement:
 
     # Facts ----------------------------------------------------------------------------------------
 
-    def _known(
-        self, covered: tuple[str, ...], optimizer: Any, now: Moment, exchange: Exchange | None
-    ) -> tuple[Facts, float | None]:
-        """Return what is known of the gradients, and their total norm after clipping where that is."""
-        watched = self._watched
-        measures = self._can_measure(now, exchange)
-        # To read a gradient again costs as much as a tenth of its norm: where norms are taken, all are read once.
-        sensor, found = watched.sensor, watched.sensor.gradients() if measures else None
-        facts = self._facts(covered, now, found)
-        if exchange is not None:
-            exchange.news = bool(self._unshared or self._unexplained(facts))
-        if not measures:
-            return facts, None
-        if len(covered) < len(watched.names.parameters) or sensor is not watched.sensor:
-            found = None
-        return facts, self._measure(facts, covered, optimizer, now, exchange=exchange, found=found)
+    def _facts(self, covered: tuple[str, ...], absent: list[str], now: Moment) -> Facts:
+        """Return who got a gradient, and of whom that cannot be told.
 
-    def _facts(
-        self, covered: tuple[str, ...], now: Moment, found: Sequence[Tensor | None] | None
-    ) -> Facts:
-        """Return who got a gradient, and of whom that cannot be told."""
-        absent = self._watched.absent(found)
+        Args:
+            covered: The parameters that the step speaks of.
+            absent: Those of all parameters that have none.
+            now: When it is judged.
+        """
         parameters = self._watched.names.parameters
         if absent:
             chosen = frozenset(covered)
             absent = [name for name in absent if name in chosen]
         if now.inspection is not None:
             self._learned.note_taken(now.inspection.unseen)
-            emptied = now.inspection.cleared
-            absent += [name for name in covered if name in emptied and name not in absent]
+            emptied = {n for n in now.inspection.cleared if self._wants(n)}
+            absent = absent + [name for name in covered if name in emptied and name not in absent]
             if absent and not self._watched.optimizers:
                 self._learned.note_by_hand(now.inspection.by_hand.intersection(absent))
-        absent += self._left_at_zero(covered, absent, now)
+        absent = absent + self._left_at_zero(covered, absent, now)
         taken = self._learned.taken
         hidden = {name for name in absent if name in taken or is_hidden(parameters[name])}
         hidden |= self._learned.used_up.intersection(covered)
@@ -236,11 +234,19 @@ class Judgement:
             unseen=[name for name in covered if name in hidden] if hidden else [],
         )
 
+    def _wants(self, name: str) -> bool:
+        """Tell whether a parameter that the model has wants a gradient: one that was frozen since wants none."""
+        parameter = self._watched.names.parameters.get(name)
+        return parameter is not None and parameter.requires_grad
+
     def _left_at_zero(
         self, covered: tuple[str, ...], absent: Sequence[str], now: Moment
     ) -> list[str]:
         """Return those whose gradients are zeros of ``zero_grad`` that nothing was added to."""
-        lagging = self._watched.sensor.lagging.intersection(covered).difference(absent)
+        lagging = self._watched.sensor.lagging
+        if lagging:
+            chosen = {*covered}.difference(absent)
+            lagging = frozenset(e for e in lagging if e[0] in chosen and self._wants(e[0]))
         inspection = now.inspection
         if inspection is None:
             self._learned.doubt(lagging)

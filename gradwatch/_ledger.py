@@ -165,12 +165,12 @@ class Learned:
         """Names of those whose gradients an optimizer takes away within backward."""
         self.used_up: frozenset[str] = frozenset()
         """Names of those whose gradients are gone, by the user's own hand, when a step is judged."""
-        self.well: frozenset[str] = frozenset()
-        """Names of those whose gradients are written less often than others, and arrive."""
-        self.doubted: frozenset[str] = frozenset()
-        """Names of those of which the next traced step is to tell whether a gradient arrives."""
-        self._left: frozenset[str] = frozenset()
-        """Names of those whose gradients are zeros that were left."""
+        self.well: frozenset[tuple[str, int]] = frozenset()
+        """Names of those whose gradients are written less often than others, and arrive, and how often they were."""
+        self.doubted: frozenset[tuple[str, int]] = frozenset()
+        """The same of those of which the next traced step is to tell whether a gradient arrives."""
+        self._left: frozenset[tuple[str, int]] = frozenset()
+        """The same of those whose gradients are zeros that were left."""
 
     def note_taken(self, names: Collection[str]) -> None:
         """Learn whose gradients an optimizer takes away within backward."""
@@ -185,21 +185,22 @@ class Learned:
         self.used_up = self.used_up.union(names)
 
     def left_at_zero(
-        self, lagging: frozenset[str], received: Collection[str] | None
+        self, lagging: frozenset[tuple[str, int]], received: Collection[str] | None
     ) -> frozenset[str]:
         """Return those whose gradients are zeros of ``zero_grad`` that nothing was added to.
 
         Args:
-            lagging: Those whose gradients were written less often than others.
+            lagging: Those whose gradients were written less often than others, and how often: an expert that one
+                of two passes reaches is written more often than when none does.
             received: Those that were given one in this step, where it is traced and every pass was seen.
         """
         if received is not None:
-            arrived = lagging.intersection(received)
+            arrived = frozenset(each for each in lagging if each[0] in received)
             self.well = (self.well - lagging) | arrived
             self._left = (self._left - lagging) | (lagging - arrived)
-        return lagging & self._left
+        return frozenset(name for name, _ in lagging & self._left)
 
-    def doubt(self, lagging: frozenset[str]) -> None:
+    def doubt(self, lagging: frozenset[tuple[str, int]]) -> None:
         """Learn who may have got nothing in a step that is not traced."""
         self.doubted = lagging - self.well - self._left
 

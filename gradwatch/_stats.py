@@ -69,7 +69,9 @@ class Sensor:
         """Whether that pass is over: where nothing was held, looking can wait until somebody asks."""
         self._clears = False
         """Whether the user's loop leaves no gradient behind at the end of a step."""
-        self._lagging: frozenset[int] = frozenset()
+        self._lagging: Mapping[int, int] = {}
+        self._is_blind = False
+        """Whether nothing was noted after the step before, since no other was expected before the next batch."""
         self._since_whole = 0
         self._habit = _Habit.NONE
         """What the loop does to gradients that it still holds when a step begins."""
@@ -90,8 +92,9 @@ class Sensor:
         is_crowd = len(sizes) >= _MANY and sum(sizes) <= _SMALL * len(sizes)
         is_here = {parameter.device.type for parameter in self._parameters} == {"cpu"}
         dtype = found.pop()
-        fits = is_crowd and is_here and dtype.is_floating_point
-        return Alike(dtype, torch.tensor(sizes, device="cpu") if fits else None)
+        return Alike(
+            dtype, len(sizes) if is_crowd and is_here and dtype.is_floating_point else None
+        )
 
     @property
     def arrived(self) -> frozenset[str]:
@@ -111,12 +114,12 @@ class Sensor:
         return frozenset(self.names[position] for position in self._sure)
 
     @property
-    def lagging(self) -> frozenset[str]:
-        """Names of those that were written less often than others since the pass began, as far as was looked.
+    def lagging(self) -> frozenset[tuple[str, int]]:
+        """Names of those that were written less often than others since the pass began, and how often they were.
 
         Where ``zero_grad(set_to_none=False)`` came after that moment these may be zeros that nothing was added to.
         """
-        return frozenset(self.names[position] for position in self._lagging)
+        return frozenset((self.names[position], move) for position, move in self._lagging.items())
 
     @property
     def is_complete(self) -> bool:
@@ -145,7 +148,7 @@ class Sensor:
         Args:
             whole: Whether to note it of every parameter once in a while, also where a few would tell.
         """
-        self._samples = []
+        self._samples, self._is_blind = [], False
         self._since_whole += 1
         if self._clears and self._held is self._first is None:
             # The step before left nothing; what came in between is applied with this step's.
@@ -186,16 +189,16 @@ class Sensor:
             again: Whether that is the second time since ``settle()``.
         """
         self.restart(names)
-        if self._done is not None:
-            is_same = self._done is self._habit is not _Habit.NONE
-            self._habit, self._repeats = self._done, self._repeats + 1 if is_same else 0
+        is_same = self._done is self._habit is not _Habit.NONE and not again
+        self._habit = self._done or _Habit.NONE
+        self._repeats = self._repeats + 1 if is_same else 0
         self._clears = self._clears and not again
         if self._clears:
             # What is there will be gone at the end; what is not counts as new, should it not be.
             self._held = self._first = _NOTHING
         elif self._repeats >= _ENOUGH and not again and len(names) == len(self.names):
             # What is there will be replaced, or written over, after the next step begins.
-            self._held = self._first = None
+            self._held, self._first, self._is_blind = None, None, True
         else:
             self.before()
 
@@ -216,6 +219,7 @@ class Sensor:
         else:
             self._arrived = (self._arrived - chosen) | (self._sure & chosen)
         self._held, self._is_over, self._first, self._done = None, False, None, None
+        self._is_blind = False
 
     def missing(self, gradients: Sequence[Tensor | None] | None = None) -> list[str]:
         """Return the names of those that want a gradient and have none of this step.
@@ -274,19 +278,24 @@ class Sensor:
             return
         there = (present or self._present()).positions
         replaced = there
-        self._latest, self._lagging = there, frozenset()
+        self._latest, self._lagging = there, {}
         kept = [ref() is self._parameters[at].grad for at, ref in self._samples]
         self._samples = []
         if held.versions:
             gradients = self.gradients()
             moves = held.moves(gradients)
             is_alike = len(set(moves)) == 1 and moves[0] > 0
-            if is_alike and not held.refs and all(kept):
+            if not all(kept):
+                is_alike = (
+                    False  # versions alone tell nothing of other objects: what is there has come
+                )
+            elif is_alike and not held.refs:
                 replaced = frozenset()
             else:
                 replaced = there & held.replaced(gradients)
                 self._latest = replaced | (there & held.moved(gradients))
-                self._lagging = held.lagging(gradients) & there - replaced
+                behind = held.lagging(gradients) & there - replaced
+                self._lagging = {position: moves[position] for position in behind}
             self._done = _habit(replaces=replaced == there, writes=is_alike and not replaced)
         elif kept:
             self._done = _Habit.NONE if any(kept) else _Habit.REPLACES
@@ -344,7 +353,7 @@ class Sensor:
         first = self._first
         if first is None or not first.refs:
             # In brief, where what has not moved is what was there; or nothing was.
-            return first is None or bool(first.versions)
+            return not self._is_blind if first is None else bool(first.versions)
         known = position < len(first.refs)
         return known and first.refs[position]() is self._parameters[position].grad
 
@@ -353,8 +362,8 @@ class Alike(NamedTuple):
     """What all gradients of a model have in common."""
 
     dtype: torch.dtype
-    sizes: Tensor | None
-    """The number of elements of each, where they are so many and so small that they are measured as one tensor."""
+    crowd: int | None
+    """Their number, where they are so many and so small that they are measured as one tensor."""
 
 
 class _Pattern(NamedTuple):
@@ -457,7 +466,7 @@ def _versions(gradients: Sequence[Tensor | None]) -> list[int]:
     if set(map(type, gradients)) == {Tensor}:
         return versions_of(cast("Sequence[Tensor]", gradients))
     # FSDP2 moves the version of the local shard, not that of the DTensor around it.
-    return [0 if g is None else version_of(getattr(g, "_local_tensor", g)) for g in gradients]
+    return [-1 if g is None else version_of(getattr(g, "_local_tensor", g)) for g in gradients]
 
 
 def is_lazy(parameter: Tensor) -> bool:
@@ -590,10 +599,10 @@ def _norms(
 ) -> dict[str, float]:
     if alike is not None and gradients:
         # The usual case, without another look at each: dense gradients on one device, or torch refuses.
-        some, (dtype, sizes) = list(gradients.values()), alike
+        some, (dtype, crowd) = list(gradients.values()), alike
         with suppress(RuntimeError), torch.no_grad():
-            if sizes is not None and len(sizes) == len(some):
-                together = _joined(some, sizes)
+            if crowd == len(some):
+                together = _joined(some)
             else:
                 together = torch.stack(_fused(some, torch.float32 if dtype in _HALVES else None))
             return dict(zip(gradients, together.tolist(), strict=True))
@@ -642,10 +651,12 @@ def _fused(gradients: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tenso
     return list(fused(gradients, 2, dtype=dtype))
 
 
-def _joined(gradients: Sequence[Tensor], sizes: Tensor) -> Tensor:
+def _joined(gradients: Sequence[Tensor]) -> Tensor:
     """Return the norms of many small gradients, which takes less in one tensor than one after the other."""
+    rows = list(map(Tensor.ravel, gradients))
+    sizes = torch.tensor(list(map(Tensor.numel, rows)), device="cpu")
     # A copy in any case: what is squared in place must not be a gradient.
-    elements = torch.cat(list(map(Tensor.ravel, gradients))).to(torch.float64, copy=True)
+    elements = torch.cat(rows).to(torch.float64, copy=True)
     return torch.segment_reduce(elements.square_(), "sum", lengths=sizes).sqrt_()
 
 

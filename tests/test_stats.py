@@ -260,8 +260,8 @@ def test_in_a_loop_that_writes_over_its_gradients_one_left_at_zero_is_told(whole
     assert found[-1] == ([], frozenset())
 
     some = parameters.keys() - {"p17"}
-    assert in_an_overwriting_step(sensor, parameters, some, whole=whole) == ([], {"p17"})
-    assert in_an_overwriting_step(sensor, parameters, some, whole=whole) == ([], {"p17"})
+    assert in_an_overwriting_step(sensor, parameters, some, whole=whole) == ([], {("p17", 1)})
+    assert in_an_overwriting_step(sensor, parameters, some, whole=whole) == ([], {("p17", 1)})
     assert in_an_overwriting_step(sensor, parameters, parameters, whole=whole) == ([], frozenset())
 
 
@@ -277,6 +277,46 @@ def test_in_a_loop_that_wrote_over_its_gradients_others_are_told():
     fresh = {name: torch.ones(1) for name in parameters}
     assert in_a_step(sensor, parameters, fresh) == []
     assert in_a_step(sensor, parameters, fresh | {"p17": None}) == list(parameters)
+
+
+def test_a_gradient_that_was_emptied_comes_as_a_new_one():
+    """In a loop that writes over its gradients one that was emptied by hand, and comes again, is not missing."""
+    parameters = {f"p{n}": nn.Parameter(torch.ones(1)) for n in range(100)}
+    sensor = Sensor(parameters)
+    for _ in range(6):
+        in_an_overwriting_step(sensor, parameters, parameters)
+
+    parameters["p17"].grad = None
+    fresh = {name: parameter.grad for name, parameter in parameters.items()}
+    sensor.before(whole=False)
+    for name, gradient in fresh.items():
+        if gradient is not None:
+            gradient.zero_().add_(1)
+        parameters[name].grad = torch.ones(1) if gradient is None else gradient
+    sensor.after()
+
+    assert sensor.missing() == []
+
+
+def test_of_two_steps_before_the_next_batch_the_second_is_not_missing():
+    """Where a loop that has stepped once in each batch steps twice, what is there counts as arrived."""
+    for gradients in (None, torch.zeros):
+        parameters = {f"p{n}": nn.Parameter(torch.ones(1)) for n in range(100)}
+        sensor = Sensor(parameters)
+        for _ in range(6):
+            if gradients is None:
+                in_a_step(sensor, parameters, {name: torch.ones(1) for name in parameters})
+            else:
+                in_an_overwriting_step(sensor, parameters, parameters)
+        for _ in range(6):
+            sensor.before(whole=False)
+            for again in (False, True):
+                for parameter in parameters.values():
+                    parameter.grad = torch.ones(1)
+                sensor.after()
+                assert sensor.missing() == []
+                sensor.judged(tuple(parameters), again=again)
+            sensor.settle(tuple(parameters))
 
 
 def test_after_without_before_changes_nothing():

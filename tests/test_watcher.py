@@ -151,6 +151,126 @@ def found(diagnoses: tuple[Diagnosis, ...]) -> list[tuple[Cause, tuple[str, ...]
     return [(diagnosis.cause, diagnosis.parameters) for diagnosis in diagnoses]
 
 
+# ---- Watcher: loops that change
+
+
+def told_missing(run: Run) -> dict[int, list[str]]:
+    """Return who was missing, by step, where anybody was."""
+    missing = {
+        report.step: [n for n, status in report.statuses.items() if status is Status.MISSING]
+        for report in run.sink.reports
+    }
+    return {step: names for step, names in missing.items() if names}
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("first", [0, 6])
+def test_several_steps_in_one_block_are_steps_with_gradients(*, to_none: bool, first: int):
+    """Minibatches of one update, each with its own step in the same block, are never missing."""
+    with Run(Healthy(), every_n_steps=1) as run:
+        for at in range(12):
+            with run.watcher.step():
+                for _ in range(2 if at >= first else 1):
+                    run.optimizer.zero_grad(set_to_none=to_none)
+                    run.model(batch()).backward()
+                    run.optimizer.step()
+
+    assert told_missing(run) == {}
+    assert found(run.watcher.diagnoses) == []
+
+
+def test_a_step_behind_its_block_is_judged_in_loops_that_write_over_gradients():
+    """A loop that takes to `set_to_none=False` after a while, and steps behind the block, has all its gradients."""
+    with Run(Healthy(), every_n_steps=1, for_steps=3) as run:
+        for at in range(20):
+            late = at >= 6
+            with run.watcher.step():
+                run.optimizer.zero_grad(set_to_none=late)
+                run.model(batch()).backward()
+                if not late:
+                    run.optimizer.step()
+            if late:
+                run.optimizer.step()
+
+    assert told_missing(run) == {}
+    assert run.alerts == []
+
+
+def test_a_layer_frozen_midway_is_frozen_where_gradients_are_written_over():
+    """The zeros of a layer that was frozen since are no missing gradient, in no step and for no rule."""
+    model = Healthy()
+    names = [name for name, _ in model.named_parameters()]
+    with Run(model, every_n_steps=1, for_steps=2) as run:
+        for at in range(12):
+            if at == 5:
+                model.get_parameter(names[0]).requires_grad_(False)
+            with run.watcher.step():
+                run.optimizer.zero_grad(set_to_none=False)
+                run.model(batch()).backward()
+                run.optimizer.step()
+
+    assert told_missing(run) == {}
+    assert run.alerts == []
+    assert run.statuses[-1][names[0]] is Status.FROZEN
+
+
+class Routed(nn.Module):
+    """An expert that is used on demand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.expert, self.out = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, *, use: bool) -> Tensor:
+        h = self.body(x)
+        out: Tensor = self.out(self.expert(h) if use else h)
+        return out.sum()
+
+
+def test_an_expert_that_one_of_two_passes_reaches_again_is_not_missing_any_more():
+    """Zeros that were left are told from a gradient of one pass where the others get one of two."""
+    model = Routed()
+    with Run(model, every_n_steps=1, for_steps=5) as run:
+        for at in range(24):
+            with run.watcher.step():
+                run.optimizer.zero_grad(set_to_none=False)
+                for micro in range(2):
+                    model(torch.ones(2, 3), use=micro == 0 and not 4 <= at <= 6).backward()
+                run.optimizer.step()
+
+    # The first step with zeros is taken for one with a gradient, until a traced one tells.
+    assert told_missing(run) == {step: ["expert.weight", "expert.bias"] for step in (5, 6)}
+    assert run.alerts == []
+
+
+def test_weights_tied_midway_beside_a_frozen_one_switch_nothing_off(
+    caplog: pytest.LogCaptureFixture,
+):
+    """A model that has lost a name in the middle of a run is watched on under those that are left."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].bias.requires_grad_(False)
+    optimizer = sgd(model)
+    sink = MemorySink()
+    config = {"trace": "never"}
+    with Watcher(model, config, optimizers=[optimizer], every_n_steps=1, sinks=[sink]) as watcher:
+        for at in range(6):
+            if at == 3:
+                model[2].weight = model[0].weight
+            with watcher.step():
+                optimizer.zero_grad()
+                model(torch.ones(2, 4)).sum().backward()
+                optimizer.step()
+
+    assert [r for r in caplog.records if r.name == "gradwatch"] == []
+    assert sorted(sink.reports[-1].statuses) == [
+        "0.bias",
+        "0.weight",
+        "1.bias",
+        "1.weight",
+        "2.bias",
+    ]
+
+
 # ---- Watcher: statuses, norms, diagnoses
 
 
