@@ -46,6 +46,7 @@ _MOST_NODES = 100_000
 _MOST_SETTINGS = 4
 _EARLIER_AND_LATER = 2
 _MODES = ("no_grad", "inference_mode")
+_CUTS = frozenset([Cause.DETACHED, Cause.LEFT_TORCH, Cause.NO_GRAD, Cause.NON_DIFFERENTIABLE])
 
 
 def switched_off(model: nn.Module) -> str | None:
@@ -157,19 +158,13 @@ def _last_reads(trace: Trace) -> dict[str, int]:
 
 def _cut_as_well(raised: Raised, told: list[Diagnosis], found: Iterable[Diagnosis]) -> str | None:
     """Return the places at which other parameters are cut off from the loss: one of these may be the one not meant."""
-    others = [
-        d
-        for d in found
-        if d not in told and d.site is not None and d.cause in {*_CUTS, Cause.NO_GRAD}
-    ]
+    known = Cause.NO_GRAD if told[0].cause is Cause.NO_GRAD else None  # one switch cuts off many
+    others = [d for d in found if d not in told and d.site and d.cause in _CUTS - {known}]
     switches = {place for _, each in raised.trace.switches if (place := at(each)) is not None}
     off = switches if any(d.cause is Cause.NO_GRAD for d in others) else set[str]()
     lines = [f"{_words.place(d.site)} ({d.cause})" for d in others if d.site is not None]
     where = listed(*lines[:_MOST_SETTINGS], *(off if len(off) == 1 else ()))
     return None if where is None else _words.cut_as_well(where)
-
-
-_CUTS = (Cause.DETACHED, Cause.LEFT_TORCH, Cause.NON_DIFFERENTIABLE)
 
 
 def _told(raised: Raised, told: list[Diagnosis], found: Iterable[Diagnosis]) -> str:

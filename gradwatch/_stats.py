@@ -284,14 +284,10 @@ class Sensor:
         if held.versions:
             gradients = self.gradients()
             moves = held.moves(gradients)
-            is_alike = len(set(moves)) == 1 and moves[0] > 0
-            if not all(kept):
-                is_alike = (
-                    False  # versions alone tell nothing of other objects: what is there has come
-                )
-            elif is_alike and not held.refs:
+            is_alike = len(set(moves)) == 1 and moves[0] > 0 and all(kept)
+            if is_alike and not held.refs:
                 replaced = frozenset()
-            else:
+            elif all(kept):  # else versions tell nothing, of other objects: what is there has come
                 replaced = there & held.replaced(gradients)
                 self._latest = replaced | (there & held.moved(gradients))
                 behind = held.lagging(gradients) & there - replaced
