@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from types import CodeType
 
 
+_FILLING = 0
+"""The rank of what is put into a container."""
+
+
 def only_call(code: CodeType, besides: Step | None = None) -> Statement | None:
     """Return the call of a function in its file, where there is one alone outside of the function around a place."""
     module = tree(code.co_filename)
@@ -144,10 +148,6 @@ def argument_fillings(step: Step) -> list[Statement]:
     given = read.args[:1] if isinstance(read, ast.Call) else []
     names = {last_name(arg) for arg in given} - {""}
     return _kept_under(step[0].co_filename, names, most=_FILLING)
-
-
-_FILLING = 0
-"""The rank of what is put into a container."""
 
 
 def _kept_under(file: str, names: Collection[str], most: int | None = None) -> list[Statement]:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from gradwatch._graph import Passed
     from gradwatch._record import Op, Record, Value, Write
 
+_EXPANDS = (".expand", ".expand_as", ".broadcast_to")
+
 
 def overwritten(raised: Raised) -> str | None:
     """Explain a tensor that was saved for backward and changed before."""
@@ -153,7 +155,6 @@ def expanded_in_place(raised: Raised) -> str | None:
 
 
 BY_PLACE[expanded_in_place] = "expanded_in_place"
-_EXPANDS = (".expand", ".expand_as", ".broadcast_to")
 
 
 def culprit(

@@ -567,9 +567,9 @@ def test_many_small_gradients_are_measured_in_one_tensor(dtype: torch.dtype):
         stats = measure(gradients, alike=alike)
     alone = {name: measure({name: gradient}) for name, gradient in gradients.items()}
 
-    assert kernels.counts["_foreach_norm"] <= 1  # of those in doubt alone
+    # Those in doubt, four or five of a hundred and twenty, are measured once more.
     assert kernels.counts["segment_reduce"] == 1
-    assert copies.count + kernels.counts["_local_scalar_dense"] <= 2 + dtype.is_floating_point * 6
+    assert copies.count + kernels.counts["_local_scalar_dense"] == 2
     assert stats.norms.keys() == gradients.keys()
     for name, norm in stats.norms.items():
         assert norm == pytest.approx(alone[name].norms[name], rel=1e-6, nan_ok=True)
