@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gradwatch import _frames, _nearby, _source, _statements, _words, explain
+from gradwatch import _error_words, _frames, _nearby, _source, _statements, _words, explain
 from gradwatch._calls import Kind, Wrapper
 from gradwatch._failure import (
     BY_PLACE,
@@ -63,13 +63,13 @@ def without_derivative(raised: Raised) -> str | None:
     ops = raised.trace.ops
     for op in reversed(ops):
         if wanted and op.name.rpartition(".")[2].strip("_") == wanted:
-            return _words.error_note("no_derivative", at(op.place))
+            return _error_words.note("no_derivative", at(op.place))
     # An inner operation of another name: the node of the graph is named after it.
     camel = wanted.replace("_", "").removesuffix("backward")
     for node in (node for passed in raised.inspection.passes for node in passed.nodes):
         name = node.name.rpartition("Backward")[0]
         if camel and node.tag >= 0 and name.lower() == camel:
-            return _words.error_note("no_derivative", at(ops[node.tag].place))
+            return _error_words.note("no_derivative", at(ops[node.tag].place))
     # Libraries use the same words for what has nothing to do with a derivative.
     return None if raised.failed is None else failing("no_derivative")(raised)
 
@@ -83,7 +83,7 @@ def not_a_number(raised: Raised) -> str | None:
         tags = [n.tag for i, n in enumerate(passed.nodes) if n.name == name and i not in fine]
         if tags and max(tags) >= 0:
             # Backward comes to the operations in reverse.
-            return _words.error_note("anomaly", at(raised.trace.ops[max(tags)].place))
+            return _error_words.note("anomaly", at(raised.trace.ops[max(tags)].place))
     return None
 
 
@@ -93,7 +93,7 @@ def without_formula(raised: Raised) -> str | None:
     wanted = "" if found is None else found[1]
     for op in reversed(raised.trace.ops):
         if wanted and wanted in op.name:
-            return _words.error_note("no_formula", at(op.place))
+            return _error_words.note("no_formula", at(op.place))
     return None
 
 
@@ -124,7 +124,7 @@ def loss_made_by(
         none = in_nearest_file(raised, lambda f: _statements.constants(f, "reduction", "none"))
         kept = [role_of("keeps one value for each", statement(s)) for s in none[:2]]
         places = listed(shaped[0], shaped[-1], *kept, at(asked.place))
-        return _words.error_note(kind, places)
+        return _error_words.note(kind, places)
 
     return find
 
@@ -169,7 +169,7 @@ def gradients_of_another_shape(raised: Raised) -> str | None:
     places = failing_places(raised)
     made = _nearby.last_argument(places[-1][:2], "grad") if places else None
     own = None if made is None else role_of("made here", statement(made))
-    return _words.error_note("grad_outputs", listed(own, *map(at, places))) if places else None
+    return _error_words.note("grad_outputs", listed(own, *map(at, places))) if places else None
 
 
 def asked_for_nothing(raised: Raised) -> str | None:
@@ -179,7 +179,7 @@ def asked_for_nothing(raised: Raised) -> str | None:
         return None
     made = _nearby.last_argument(places[-1][:2], "inputs")
     own = None if made is None else role_of("made here", statement(made))
-    said = [_words.error_note("asked_for_nothing", listed(own, *map(at, places)))]
+    said = [_error_words.note("asked_for_nothing", listed(own, *map(at, places)))]
     return "\n\n".join([*said, *filter(None, [frozen_ones(raised.model)])])
 
 
@@ -198,8 +198,8 @@ def in_double(raised: Raised) -> str | None:
         if len(made) == 1:
             came = role_of("in float64 from here on", at(made[0]))
             where = at(last) if met is None else at(met.place)
-            return _words.error_note("in_double", listed(came, where))
-    return None if last is None else _words.error_note("in_double", at(last))
+            return _error_words.note("in_double", listed(came, where))
+    return None if last is None else _error_words.note("in_double", at(last))
 
 
 _FROM_NUMBERS = frozenset(["torch.tensor", "torch.as_tensor", "torch.from_numpy", "torch.asarray"])
@@ -268,7 +268,7 @@ def not_in_graph(raised: Raised) -> str | None:
             switch = raised.switched_off(op)
             places = listed(_words.place(cut.site), switch, at(asked.place))
             cutter = cut.operation or str(cut.cause)
-            return _words.error_note("cut_before", places, cutter, named)
+            return _error_words.note("cut_before", places, cutter, named)
     unread = in_nearest_file(raised, ignoring_functions)
     ignoring = role_of("reads none of its arguments", listed(*map(statement, unread)))
     places = listed(
@@ -280,7 +280,7 @@ def not_in_graph(raised: Raised) -> str | None:
         *map(at, raised.callers_of(asked.place)),
         at(asked.place),
     )
-    return _words.error_note("not_in_graph", places, named)
+    return _error_words.note("not_in_graph", places, named)
 
 
 def _call_behind(trace: Trace, outputs: Iterable[Op]) -> _frames.Place | None:
@@ -335,7 +335,7 @@ def _last_from(trace: Trace, numbers: Iterable[int]) -> Op | None:
 def number_for_a_loss(raised: Raised) -> str | None:
     """Explain a loss that is a number by the call that took it out of torch."""
     leaving = [op for op in raised.trace.ops if op.kind is Kind.EXIT and not _is_truth(op)]
-    return _words.error_note("number", at(leaving[-1].place)) if leaving else None
+    return _error_words.note("number", at(leaving[-1].place)) if leaving else None
 
 
 def _is_truth(op: Op) -> bool:
@@ -354,10 +354,10 @@ def from_inference_mode(raised: Raised) -> str | None:
         within = [role_of("perhaps made in there", statement(mode)) for mode in modes[:2]]
         last = before_torch(raised.error) if failed is None else failed.place
         places = listed(*within, *map(at, [*raised.callers_of(last), last]))
-        return _words.error_note("inference", places)
+        return _error_words.note("inference", places)
     came = role_of("made here", at(made.place))
     places = listed(came, raised.switched_off(made), at(failed.place))
-    return _words.error_note("inference", places)
+    return _error_words.note("inference", places)
 
 
 def no_leaf(raised: Raised) -> str | None:
@@ -366,14 +366,14 @@ def no_leaf(raised: Raised) -> str | None:
     node = None if given is None else node_of(given)
     tag = None if node is None else node.metadata.get(raised.trace.tag)
     if tag is not None:
-        return _words.error_note("no_leaf", at(raised.trace.ops[tag].place))
+        return _error_words.note("no_leaf", at(raised.trace.ops[tag].place))
     last = last_of_user(raised.error)
     kept = [] if last is None else _nearby.argument_stores(last[:2])[:1]
     made = [s for found in kept for s in _nearby.returned_by(found)]
     places = listed(
         _spoiled_leaf(raised), *map(statement, [*made, *kept]), None if last is None else at(last)
     )
-    return None if places is None else _words.error_note("no_leaf", places)
+    return None if places is None else _error_words.note("no_leaf", places)
 
 
 def serialised_result(raised: Raised) -> str | None:
@@ -392,7 +392,7 @@ def serialised_result(raised: Raised) -> str | None:
         places = [role_of("kept here", statement(store)) for store in told]
     last = at(last_of_user(raised.error))
     own = None if made is None else at(made.place)
-    return _words.error_note("serialised", listed(*places, role_of("made here", own), last))
+    return _error_words.note("serialised", listed(*places, role_of("made here", own), last))
 
 
 def none_for_a_gradient(raised: Raised) -> str | None:
@@ -404,7 +404,7 @@ def none_for_a_gradient(raised: Raised) -> str | None:
             made = (None if maker is None else at(maker.place)) or _spoiled_leaf(raised)
             came = role_of("made here, so that it is no leaf", made)
             kept = [statement(s) for s in _nearby.owner_stores(read[:2], "grad")[:1]]
-            return _words.error_note("grad_of_a_result", listed(came, *kept, where))
+            return _error_words.note("grad_of_a_result", listed(came, *kept, where))
     last = last_of_user(raised.error)
     if last is None or ".grad" not in _source.text_of(last[:2]):
         return None
@@ -414,7 +414,7 @@ def none_for_a_gradient(raised: Raised) -> str | None:
     memory = {memory_of(p): name for name, p in parameters.items()}
     copies = [memory[m] for t in held if id(t) not in mine and (m := memory_of(t)) in memory and m]
     if copies:
-        return _words.error_note(
+        return _error_words.note(
             "grad_of_a_copy", listed(_detached_last(raised, copies[0]), at(last))
         )
     without = [n for n, p in parameters.items() if p.requires_grad and p.grad is None]
@@ -422,7 +422,7 @@ def none_for_a_gradient(raised: Raised) -> str | None:
     found = raised.inspection.diagnose(dict.fromkeys(without, Status.MISSING), 0)
     told = [d for d in found if not set(chosen).isdisjoint(d.parameters)][:1]
     said = [explain.render(d, tuple(parameters)) for d in told]
-    return "\n\n".join([_words.error_note("grad_is_none", at(last)), *said]) if said else None
+    return "\n\n".join([_error_words.note("grad_is_none", at(last)), *said]) if said else None
 
 
 def _spoiled_leaf(raised: Raised) -> str | None:
@@ -445,13 +445,13 @@ def changed_by_a_hook(raised: Raised) -> str | None:
     """Explain a gradient that a hook changed wrongly by the line that registered the hook."""
     places = set(raised.trace.hooks.values())
     if places:
-        return _words.error_note("hook", at(places.pop())) if len(places) == 1 else None
+        return _error_words.note("hook", at(places.pop())) if len(places) == 1 else None
     hooks = {id(h): h for p in raised.inspection.parameters.values() for h in hooks_of(p)}
     codes = [_frames.code_of(hook) for hook in hooks.values()]
     if len(codes) != 1 or codes[0] is None:
         return None
     returned = _nearby.returned(codes[0], None)
-    return _words.error_note("hook_returns", listed(*map(statement, returned)))
+    return _error_words.note("hook_returns", listed(*map(statement, returned)))
 
 
 def hook_of_a_module(raised: Raised) -> str | None:
@@ -460,7 +460,7 @@ def hook_of_a_module(raised: Raised) -> str | None:
     codes = dict.fromkeys(_frames.code_of(hook) for hook in hooks.values())
     code = next(iter(codes), None)
     returned = [] if code is None or len(codes) > 1 else _nearby.returned(code, None)
-    return _words.error_note("hook_returns", listed(*map(statement, returned)))
+    return _error_words.note("hook_returns", listed(*map(statement, returned)))
 
 
 def nothing_in_a_checkpoint(raised: Raised) -> str | None:
@@ -469,7 +469,7 @@ def nothing_in_a_checkpoint(raised: Raised) -> str | None:
     cut = next((op for op in inside if op.kind is Kind.SEVER), None)
     call = next((op.around for op in [cut, *inside] if op is not None), None)
     cut_at = None if cut is None else at(cut.place)
-    return _words.error_note("nothing_in_checkpoint", listed(cut_at, at(call)))
+    return _error_words.note("nothing_in_checkpoint", listed(cut_at, at(call)))
 
 
 def made_and_failing(kind: str) -> Find:
@@ -482,7 +482,7 @@ def made_and_failing(kind: str) -> Find:
         last = before_torch(raised.error) if failed is None else failed.place
         places = [at(place) for place in (*raised.callers_of(last), last)]
         made = None if made in places else role_of("made here", made)
-        return _words.error_note(kind, listed(made, *places))
+        return _error_words.note(kind, listed(made, *places))
 
     BY_PLACE[find] = kind
     return find
@@ -497,7 +497,7 @@ def inputs_in_a_reentrant_checkpoint(raised: Raised) -> str | None:
         if op.around or op.wrapper is Wrapper.REENTRANT_CHECKPOINT
     )
     asked = None if raised.asked is None else at(raised.asked.place)
-    return _words.error_note("reentrant_inputs", listed(at(next(own, None)), asked))
+    return _error_words.note("reentrant_inputs", listed(at(next(own, None)), asked))
 
 
 def recomputed_otherwise(raised: Raised) -> str | None:
@@ -519,7 +519,7 @@ def recomputed_otherwise(raised: Raised) -> str | None:
         modes = [s for file in files_of(raised) for s in _statements.method_calls(file, "eval")]
         changes = modes if len(modes) == 1 else []
     change = role_of("by this the next run differs", statement(changes[0])) if changes else None
-    return _words.error_note("recomputed", listed(change, call)) if change or call else None
+    return _error_words.note("recomputed", listed(change, call)) if change or call else None
 
 
 def func_of_a_vector(raised: Raised) -> str | None:
@@ -527,7 +527,7 @@ def func_of_a_vector(raised: Raised) -> str | None:
     place = last_of_user(raised.error)
     last = next((op for op in reversed(raised.trace.ops) if op.place is not None), None)
     made = None if last is None else role_of("the last operation in it", at(last.place))
-    return None if place is None else _words.error_note("func_of_a_vector", listed(made, at(place)))
+    return None if place is None else _error_words.note("func_of_a_vector", listed(made, at(place)))
 
 
 BY_PLACE[func_of_a_vector] = "func_of_a_vector"
@@ -540,7 +540,7 @@ def random_in_vmap(raised: Raised) -> str | None:
     """Explain random numbers under ``vmap`` by its only call, or the decorator that is one."""
     maps = in_nearest_file(raised, lambda file: _statements.mentions(file, "vmap"))
     one = [role_of("the `vmap`", statement(maps[0]))] if len(maps) == 1 else []
-    return _words.error_note("random_in_vmap", listed(at(last_of_user(raised.error)), *one))
+    return _error_words.note("random_in_vmap", listed(at(last_of_user(raised.error)), *one))
 
 
 def array_of_a_leaf(raised: Raised) -> str | None:
@@ -554,7 +554,7 @@ def array_of_a_leaf(raised: Raised) -> str | None:
     if places and not any(kept):
         filled = _nearby.argument_fillings(failing_places(raised)[-1][:2])
         kept = [role_of("kept with its history", statement(s)) for s in filled[:1]]
-    return _words.error_note("numpy", listed(*asked, *kept, *places)) if places else None
+    return _error_words.note("numpy", listed(*asked, *kept, *places)) if places else None
 
 
 def _collected(raised: Raised, numbers: Iterable[int]) -> list[str | None]:
@@ -584,7 +584,7 @@ def leaf_in_place(raised: Raised) -> str | None:
     places = [at(place) for place in failing_places(raised)]
     layer = local_owner(raised.error, "self")
     made = made_in_place(raised, layer)
-    return _words.error_note("leaf_in_place", listed(made, *places)) if places else None
+    return _error_words.note("leaf_in_place", listed(made, *places)) if places else None
 
 
 def in_place_in_vmap(raised: Raised) -> str | None:
@@ -592,7 +592,7 @@ def in_place_in_vmap(raised: Raised) -> str | None:
     last = last_of_user(raised.error)
     made = None if last is None else _nearby.written_into(last[:2])
     own = None if made is None else role_of("shared by all samples", statement(made))
-    return None if last is None else _words.error_note("in_place_in_vmap", listed(own, at(last)))
+    return None if last is None else _error_words.note("in_place_in_vmap", listed(own, at(last)))
 
 
 def no_parameter(raised: Raised) -> str | None:
@@ -601,7 +601,7 @@ def no_parameter(raised: Raised) -> str | None:
     known = [raised.model, *local_modules(raised.error)]
     made = next(filter(None, (layer_made_at(root, module) for root in known)), None)
     places = listed(at(last_of_user(raised.error)), role_of("its module is made here", made))
-    return _words.error_note("no_parameter", places)
+    return _error_words.note("no_parameter", places)
 
 
 BY_PLACE[no_parameter] = "no_parameter"
@@ -610,4 +610,4 @@ BY_PLACE[no_parameter] = "no_parameter"
 def norm_in_vmap(raised: Raised) -> str | None:
     """Explain a layer that counts its inputs under ``vmap`` by the line that made it."""
     made = layer_made_at(raised.model, local_owner(raised.error, "self"))
-    return _words.error_note("norm_in_vmap", listed(made, at(last_of_user(raised.error))))
+    return _error_words.note("norm_in_vmap", listed(made, at(last_of_user(raised.error))))

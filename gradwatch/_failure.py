@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradwatch import _frames, _nearby, _source, _statements, _words
+from gradwatch import _error_words, _frames, _nearby, _source, _statements, _words
 from gradwatch._record import node_of, tensors_in
 from gradwatch.report import Site
 
@@ -345,7 +345,7 @@ def failing(kind: str) -> Find:
 
     def find(raised: Raised) -> str | None:
         places = failing_places(raised)
-        return _words.error_note(kind, listed(*map(at, places))) if places else None
+        return _error_words.note(kind, listed(*map(at, places))) if places else None
 
     BY_PLACE[find] = kind
     return find
@@ -356,7 +356,7 @@ def raising(kind: str) -> Find:
 
     def find(raised: Raised) -> str | None:
         place = last_of_user(raised.error)
-        return None if place is None else _words.error_note(kind, at(place))
+        return None if place is None else _error_words.note(kind, at(place))
 
     BY_PLACE[find] = kind
     return find

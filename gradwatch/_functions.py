@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction
 
-from gradwatch import _frames, _nearby, _source, _statements, _words
+from gradwatch import _error_words, _frames, _nearby, _source, _statements
 from gradwatch._calls import Wrapper
 from gradwatch._failure import (
     Raised,
@@ -50,8 +50,8 @@ def in_function(kind: str) -> Find:
         own = _return_of(_named(named[1].removesuffix("Backward")), index)
         for node in (node for passed in raised.inspection.passes for node in passed.nodes):
             if node.custom and node.name == named[1] and node.tag >= 0:
-                return _words.error_note(kind, listed(at(ops[node.tag].place), own))
-        return None if own is None else _words.error_note(kind, own)
+                return _error_words.note(kind, listed(at(ops[node.tag].place), own))
+        return None if own is None else _error_words.note(kind, own)
 
     return find
 
@@ -64,7 +64,7 @@ def once_differentiable(raised: Raised) -> str | None:
     marks = in_nearest_file(raised, lambda file: _marks_in(file, codes))
     marked = statement(marks[0]) if len(marks) == 1 else None
     places = listed(marked, call)
-    return None if places is None else _words.error_note("once_differentiable", places)
+    return None if places is None else _error_words.note("once_differentiable", places)
 
 
 def _marks_in(file: str, codes: Iterable[CodeType]) -> list[_source.Statement]:
@@ -78,7 +78,7 @@ def no_tensor_for_a_gradient(raised: Raised) -> str | None:
     nodes = [n for passed in raised.inspection.passes for n in passed.nodes if n.custom]
     names = {node.name.removesuffix("Backward") for node in nodes}
     own = _return_of(_named(names.pop()), None) if len(names) == 1 else None
-    return None if own is None else _words.error_note("no_tensor_for_a_gradient", own)
+    return None if own is None else _error_words.note("no_tensor_for_a_gradient", own)
 
 
 def without_backward(raised: Raised) -> str | None:
@@ -91,7 +91,7 @@ def without_backward(raised: Raised) -> str | None:
     code = _method(cls, close[0]) if close else None
     head = None if code is None else _nearby.head(code)
     near = None if head is None else role_of("its name is not `backward`", statement(head))
-    return _words.error_note("no_backward", listed(near, *own, _call_of(raised, cls)))
+    return _error_words.note("no_backward", listed(near, *own, _call_of(raised, cls)))
 
 
 def with_other_arguments(raised: Raised) -> str | None:
@@ -104,7 +104,7 @@ def with_other_arguments(raised: Raised) -> str | None:
         return None
     call = None if name == "forward" else _call_of(raised, cls)
     last = at(last_of_user(raised.error))
-    return _words.error_note(f"{name}_arguments", listed(statement(head), call, last))
+    return _error_words.note(f"{name}_arguments", listed(statement(head), call, last))
 
 
 def told_to_ctx(kind: str, method: str) -> Find:
@@ -114,7 +114,7 @@ def told_to_ctx(kind: str, method: str) -> Find:
         cls = _function_of(raised.error)
         told = [] if cls is None else _statements.calls_of(cls, method)
         last = at(last_of_user(raised.error))
-        return _words.error_note(kind, listed(*map(statement, told[:1]), last))
+        return _error_words.note(kind, listed(*map(statement, told[:1]), last))
 
     return find
 
@@ -129,7 +129,7 @@ def not_kept(raised: Raised) -> str | None:
     code = _method(cls, "setup_context") or _method(cls, "forward")
     head = None if code is None else _nearby.head(code)
     kept = [*_statements.assignments(cls, found[2]), *([] if head is None else [head])]
-    return _words.error_note("not_kept", listed(*map(statement, kept[:1]), at(last)), found[2])
+    return _error_words.note("not_kept", listed(*map(statement, kept[:1]), at(last)), found[2])
 
 
 def saved_otherwise(raised: Raised) -> str | None:
@@ -139,7 +139,7 @@ def saved_otherwise(raised: Raised) -> str | None:
         return None
     saved = _statements.calls_of(cls, "save_for_backward")
     places = listed(*map(statement, saved[:1]), at(last))
-    return _words.error_note("saved_otherwise", places) if saved else None
+    return _error_words.note("saved_otherwise", places) if saved else None
 
 
 def _first_local(frame: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import BackwardCFunction
 
-from gradwatch import _frames, _nearby, _source, _statements, _words, explain
+from gradwatch import _error_words, _frames, _nearby, _source, _statements, _words, explain
 from gradwatch._calls import Kind
 from gradwatch._failure import (
     Raised,
@@ -54,7 +54,7 @@ def switched_off(model: nn.Module) -> str | None:
     if not torch.is_grad_enabled():
         classes = dict.fromkeys(map(type, model.modules()))
         calls = dict.fromkeys(s for cls in classes for s in _statements.switches(cls))
-        return _words.error_note(
+        return _error_words.note(
             "left_off", statement(next(iter(calls))) if len(calls) == 1 else None
         )
     return None if any(p.requires_grad for p in model.parameters()) else all_frozen(model)
@@ -65,7 +65,7 @@ def frozen_ones(model: nn.Module) -> str | None:
     names = dict(model.named_parameters())
     frozen = tuple(name for name, p in names.items() if not p.requires_grad)
     folded = _words.listed(explain.fold(frozen, names))
-    return _words.frozen_too(folded, _first_freezing(model)) if frozen else None
+    return _error_words.frozen_too(folded, _first_freezing(model)) if frozen else None
 
 
 def outlived(error: Exception) -> _frames.Place | None:
@@ -108,14 +108,14 @@ def no_history(raised: Raised) -> str | None:
     """Explain a loss that was computed from nothing that wants a gradient."""
     inner = _in_a_backward(raised.error)
     if inner is not None:
-        return _words.error_note("grad_in_backward", inner)
+        return _error_words.note("grad_in_backward", inner)
     if not torch.is_grad_enabled():
         return switched_off(raised.model)
     asked = raised.asked
     if asked is not None and not asked.accumulates:
         cut = raised.cut_of(asked.roots)
         if cut is not None:
-            return _words.error_note("output_without_history", listed(cut, at(asked.place)))
+            return _error_words.note("output_without_history", listed(cut, at(asked.place)))
     parameters = raised.inspection.parameters
     wanting = [name for name, parameter in parameters.items() if parameter.requires_grad]
     if not wanting:
@@ -164,7 +164,7 @@ def _cut_as_well(raised: Raised, told: list[Diagnosis], found: Iterable[Diagnosi
     off = switches if any(d.cause is Cause.NO_GRAD for d in others) else set[str]()
     lines = [f"{_words.place(d.site)} ({d.cause})" for d in others if d.site is not None]
     where = listed(*lines[:_MOST_SETTINGS], *(off if len(off) == 1 else ()))
-    return None if where is None else _words.cut_as_well(where)
+    return None if where is None else _error_words.cut_as_well(where)
 
 
 def _told(raised: Raised, told: list[Diagnosis], found: Iterable[Diagnosis]) -> str:
@@ -174,7 +174,7 @@ def _told(raised: Raised, told: list[Diagnosis], found: Iterable[Diagnosis]) -> 
     places = listed(*map(at, _sources(raised, roots)))
     fresh = role_of("all that the loss is computed from", places) or _constants(raised)
     said = [
-        _words.error_note("no_history", listed(role_of("the loss", loss), fresh)),
+        _error_words.note("no_history", listed(role_of("the loss", loss), fresh)),
         *(explain.render(d, tuple(raised.inspection.parameters)) for d in told),
     ]
     more = (
@@ -193,7 +193,7 @@ def _run_inside(error: Exception) -> str | None:
         for place in users_own(error)[:-1]
         if any(_nearby.surrounding(place[:2], mode) for mode in _MODES)
     ]
-    return _words.called_inside(calls[0]) if calls and calls[0] else None
+    return _error_words.called_inside(calls[0]) if calls and calls[0] else None
 
 
 def _computed_off(raised: Raised, told: list[Diagnosis]) -> str | None:
@@ -206,7 +206,7 @@ def _computed_off(raised: Raised, told: list[Diagnosis]) -> str | None:
     switch = None if op is None else raised.switched_off(op)
     if op is None or switch is None:
         return None
-    return _words.error_note("computed_off", listed(switch, at(op.place), at(asked.place)))
+    return _error_words.note("computed_off", listed(switch, at(op.place), at(asked.place)))
 
 
 def _switched_over(model: nn.Module, told: Iterable[Diagnosis]) -> str | None:
@@ -218,7 +218,7 @@ def _switched_over(model: nn.Module, told: Iterable[Diagnosis]) -> str | None:
         for attribute, statements in settings(type(module), name).items():
             where = listed(*map(statement, statements[:_MOST_SETTINGS]))
             if where is not None:
-                return _words.set_here(attribute, where)
+                return _error_words.set_here(attribute, where)
     return None
 
 
@@ -294,7 +294,7 @@ def _frozen_on_the_way(raised: Raised) -> str | None:
         return None
     folded = explain.fold(tuple(n for n in parameters if n in names), tuple(parameters))
     seen_at = raised.frozen_at(names) or _first_freezing(raised.model)
-    return _words.frozen_too(_words.listed(folded), seen_at)
+    return _error_words.frozen_too(_words.listed(folded), seen_at)
 
 
 def _frozen_among(raised: Raised, numbers: Iterable[int]) -> dict[str, None]:
@@ -340,13 +340,13 @@ def _in_a_backward(error: Exception) -> str | None:
 def all_frozen(model: nn.Module, trace: Trace | None = None) -> str:
     """Return what is to be said of a loss without a history when no parameter requires grad."""
     if next(model.parameters(), None) is None:
-        return _words.error_note("no_parameters", None)
+        return _error_words.note("no_parameters", None)
     name = None if trace is None else next(iter(trace.freezings), None)
     seen = None
     if trace is not None and name is not None:
         call = role_of("called here", at(trace.freezing_calls.get(name)))
         seen = listed(at(trace.freezings[name]), call)
-    return _words.error_note("all_frozen", seen or _first_freezing(model, most=4))
+    return _error_words.note("all_frozen", seen or _first_freezing(model, most=4))
 
 
 def _first_freezing(model: nn.Module, most: int = 1) -> str | None:
@@ -366,10 +366,10 @@ def gone_over_twice(raised: Raised) -> str | None:
     """Explain a graph that an earlier backward pass has freed."""
     inner = _in_a_backward(raised.error)
     if inner is not None:
-        return _words.error_note("twice_in_backward", inner)
+        return _error_words.note("twice_in_backward", inner)
     kept = kept_in_step(raised) or carried_over(raised)
     if kept is not None:
-        return _words.error_note("kept", *kept)
+        return _error_words.note("kept", *kept)
     passes = raised.trace.backwards
     failed = at(passes[-1].place) if passes else None
     earlier = _earlier(raised.trace)
@@ -383,8 +383,8 @@ def gone_over_twice(raised: Raised) -> str | None:
             "the earlier one", listed(None if call is None else statement(call), at(place))
         )
         shared = _shared(raised.trace, earlier, passes[-1])
-        return _words.error_note("twice", listed(cache, *shared, first, failed))
-    return _words.error_note("twice", failed) if passes else None
+        return _error_words.note("twice", listed(cache, *shared, first, failed))
+    return _error_words.note("twice", failed) if passes else None
 
 
 def _earlier(trace: Trace) -> Backward | None:
@@ -598,11 +598,11 @@ def copied_whole(raised: Raised) -> str | None:
     pruned = _pruned(raised.model)
     if pruned is not None:
         last = None if failed is None else at(failed.place)
-        return _words.error_note("copy_of_a_result", listed(pruned, last))
+        return _error_words.note("copy_of_a_result", listed(pruned, last))
     if kept is None:
         return failing("copy_of_a_result")(raised)
     copied = None if failed is None else at(failed.place)
-    return _words.error_note("copy_of_a_result", listed(f"{kept[0]} (kept here)", copied))
+    return _error_words.note("copy_of_a_result", listed(f"{kept[0]} (kept here)", copied))
 
 
 def without_history(kind: str) -> Find:
@@ -618,7 +618,7 @@ def without_history(kind: str) -> Find:
         made = next((at(op.place) for op in makers if op is not None), None)
         numbers = (*read, *failed.read)
         cut = raised.cut_of(numbers) or frozen_behind(raised, numbers)
-        return _words.error_note(kind, listed(cut, role_of("made here", made), *map(at, places)))
+        return _error_words.note(kind, listed(cut, role_of("made here", made), *map(at, places)))
 
     return find
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gradwatch import _nearby, _source, _statements, _words, explain
+from gradwatch import _error_words, _nearby, _source, _statements, _words, explain
 from gradwatch._diagnose import not_looked_into
 from gradwatch._failure import (
     Raised,
@@ -46,25 +46,25 @@ def nothing_to_step(error: Exception, model: nn.Module) -> str | None:
     """Explain an optimizer without parameters: an iterator used up, all frozen, or a module that registers none."""
     used_up = _used_up(error)
     if used_up is not None:
-        return _words.error_note("used_up", used_up)
+        return _error_words.note("used_up", used_up)
     module = asked_for_parameters(error) or model
     last = at(last_of_user(error))
     if any(p.requires_grad for p in module.parameters()):
         return None
     if next(module.parameters(), None) is not None:
-        said = _words.error_note("nothing_wanting", last)
+        said = _error_words.note("nothing_wanting", last)
         return "\n\n".join(part for part in (said, frozen_ones(module)) if part)
     found = next(unregistered(module), None)
     if found is not None:
         advice = _words.register(found.kind.__name__)
-        return _words.error_note("nothing_registered", last, not_looked_into(found), advice)
+        return _error_words.note("nothing_registered", last, not_looked_into(found), advice)
     for inner in module.modules():
         for name, value in held_by(inner):
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 kept = _statements.keepings(type(inner), name)[:1]
                 made = [s for store in kept for s in _nearby.assigned_before(store)]
                 places = listed(*map(statement, [*made, *kept]), last)
-                return _words.error_note(
+                return _error_words.note(
                     "no_parameter_made", places, f"{type(inner).__name__}.{name}"
                 )
     return None
@@ -90,7 +90,7 @@ def not_finite(raised: Raised) -> str | None:
     found = raised.inspection.diagnose(dict.fromkeys(odd, Status.NONFINITE), 0)
     said = [explain.render(diagnosis, tuple(parameters)) for diagnosis in found[:1]]
     last = at(last_of_user(raised.error))
-    return "\n\n".join([_words.error_note("not_finite", last), *said]) if said else None
+    return "\n\n".join([_error_words.note("not_finite", last), *said]) if said else None
 
 
 def unscaled_twice(raised: Raised) -> str | None:
@@ -98,7 +98,7 @@ def unscaled_twice(raised: Raised) -> str | None:
     last = last_of_user(raised.error)
     left = [] if last is None else _nearby.leaving_before(last[:2], "update")
     leaving = [role_of("leaves without `scaler.update()`", statement(s)) for s in left[:2]]
-    return None if last is None else _words.error_note("unscaled_twice", listed(*leaving, at(last)))
+    return None if last is None else _error_words.note("unscaled_twice", listed(*leaving, at(last)))
 
 
 def stepped_over_nothing(raised: Raised) -> str | None:
@@ -113,14 +113,14 @@ def stepped_over_nothing(raised: Raised) -> str | None:
         found = raised.inspection.diagnose(dict.fromkeys(mine, Status.MISSING), 0)
         said = [explain.render(d, tuple(parameters)) for d in found[:1]]
         where = listed(made_anew(raised), last)
-        return "\n\n".join([_words.error_note("nothing_to_unscale", where), *said])
+        return "\n\n".join([_error_words.note("nothing_to_unscale", where), *said])
     loose = [name for name, p in parameters.items() if p.requires_grad and id(p) not in owned]
     modules = [part for name in loose for part in reversed(name.split(".")[:-1])]
     parts = dict.fromkeys([*modules, *(name.rpartition(".")[2] for name in loose)])
     put = in_nearest_file(raised, lambda file: _replacing(file, parts)) if loose else []
     if put:
-        return _words.error_note("held_before", listed(statement(put[0]), last))
-    return _words.error_note("nothing_to_unscale", last)
+        return _error_words.note("held_before", listed(statement(put[0]), last))
+    return _error_words.note("nothing_to_unscale", last)
 
 
 def _replacing(file: str, parts: Iterable[str]) -> list[_source.Statement]:
@@ -142,7 +142,7 @@ def in_two_groups(raised: Raised) -> str | None:
     groups = [] if last is None else _nearby.groups_of(last[:2])
     where = listed(*(role_of("one of the groups", statement(s)) for s in groups), at(last))
     folded = _words.listed(explain.fold(names, tuple(parameters)))
-    return _words.error_note("in_two_groups", where, folded) if names else None
+    return _error_words.note("in_two_groups", where, folded) if names else None
 
 
 def sparse_gradients(raised: Raised) -> str | None:
@@ -151,7 +151,7 @@ def sparse_gradients(raised: Raised) -> str | None:
     made = [layer_made_at(raised.model, layer) for layer in layers[:1]]
     asked = [s for file in files_of(raised) for s in _statements.constants(file, "sparse", True)]
     places = [*map(statement, asked[:1]), *made] if len(asked) == 1 or not any(made) else made
-    return _words.error_note("sparse", listed(*places, at(last_of_user(raised.error))))
+    return _error_words.note("sparse", listed(*places, at(last_of_user(raised.error))))
 
 
 def half_parameters(raised: Raised) -> str | None:
@@ -164,7 +164,7 @@ def half_parameters(raised: Raised) -> str | None:
         own = [statement(kept) for kept in _statements.keepings(type(module), name)[:1]]
         made = listed(*own, layer_made_at(raised.model, module))
         last = at(last_of_user(raised.error))
-        return _words.error_note("some_in_half", listed(made, last), halves[0])
+        return _error_words.note("some_in_half", listed(made, last), halves[0])
     casts = in_nearest_file(raised, _statements.casts_to_half)
     cast = [statement(casts[0])] if len(casts) == 1 else []
-    return _words.error_note("half_parameters", listed(*cast, at(last_of_user(raised.error))))
+    return _error_words.note("half_parameters", listed(*cast, at(last_of_user(raised.error))))

@@ -12,7 +12,7 @@ import math
 import re
 from typing import TYPE_CHECKING
 
-from gradwatch import _nearby, _words
+from gradwatch import _error_words, _nearby
 from gradwatch._calls import Kind
 from gradwatch._failure import (
     BY_PLACE,
@@ -68,9 +68,9 @@ def overwritten(raised: Raised) -> str | None:
         where = listed(*map(at, callers_in(write.stack)), at(write.place), at(write.around))
         layer = raised.inspection.module_at(write.module)
         where = listed(where, role_of("made here", made_in_place(raised, layer)))
-        return _words.overwritten(kind, where, write.operation, maker)
+        return _error_words.overwritten(kind, where, write.operation, maker)
     return _written_unseen(raised, shape, found[2]) or (
-        _words.overwritten("overwritten", at(later[0].place), later[0].operation, None)
+        _error_words.overwritten("overwritten", at(later[0].place), later[0].operation, None)
         if later and "AccumulateGrad" not in (found[2] or "")
         else None
     )
@@ -81,14 +81,14 @@ def _written_unseen(raised: Raised, shape: tuple[int, ...], node: str | None) ->
     trace = raised.trace
     lookup = _renormed(raised, shape)
     if lookup is not None:
-        return _words.error_note("renormed", at(lookup.place))
+        return _error_words.note("renormed", at(lookup.place))
     carried = carried_over(raised) if trace.steps else None
     if carried is not None:
-        return _words.error_note("outlived", *carried)
+        return _error_words.note("outlived", *carried)
     if trace.steps:
-        return _words.error_note("optimizer_stepped", at(trace.steps[-1][0]), node)
+        return _error_words.note("optimizer_stepped", at(trace.steps[-1][0]), node)
     kept = kept_in_step(raised)
-    return None if kept is None else _words.error_note("outlived", *kept)
+    return None if kept is None else _error_words.note("outlived", *kept)
 
 
 def _renormed(raised: Raised, shape: tuple[int, ...]) -> Op | None:
@@ -120,7 +120,7 @@ def view_without_history(raised: Raised) -> str | None:
         return failing("view_without_history")(raised)
     view = role_of("the view", at(made.place))
     places = listed(view, raised.switched_off(made), at(failed.place))
-    return _words.error_note("view_without_history", places)
+    return _error_words.note("view_without_history", places)
 
 
 def behind_a_hook(raised: Raised) -> str | None:
@@ -137,7 +137,7 @@ def behind_a_hook(raised: Raised) -> str | None:
     layer = local_owner(raised.error, "self")
     in_place = made_in_place(raised, layer)
     wrote = role_of("changes its input in place", wrote)
-    return _words.error_note("behind_a_hook", listed(*map(statement, found[:1]), in_place, wrote))
+    return _error_words.note("behind_a_hook", listed(*map(statement, found[:1]), in_place, wrote))
 
 
 def expanded_in_place(raised: Raised) -> str | None:
@@ -151,7 +151,7 @@ def expanded_in_place(raised: Raised) -> str | None:
         )
         written = (role_of("written into here", at(w.place)) for w in writes)
         places = [*made, *written, *places]
-    return _words.error_note("expanded_in_place", listed(*places)) if places else None
+    return _error_words.note("expanded_in_place", listed(*places)) if places else None
 
 
 BY_PLACE[expanded_in_place] = "expanded_in_place"

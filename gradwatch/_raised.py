@@ -14,7 +14,7 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
-from gradwatch import _frames, _source, _words, explain
+from gradwatch import _error_words, _frames, _source, _words, explain
 from gradwatch._asked import (
     array_of_a_leaf,
     asked_for_nothing,
@@ -136,7 +136,7 @@ def _note(
     if "Expected to have finished reduction in the prior iteration" in message:
         missing = [d for d in known if d.status is Status.MISSING]
         said = [explain.render(diagnosis) for diagnosis in missing]
-        return "\n\n".join([_words.error_note("ddp", None), *said]) if missing else None
+        return "\n\n".join([_error_words.note("ddp", None), *said]) if missing else None
     if "optimizer got an empty parameter list" in message:
         return nothing_to_step(error, model)
     for words, find in _KINDS:
@@ -155,7 +155,7 @@ def _none_untraced(error: Exception, known: tuple[Diagnosis, ...]) -> str | None
     missing = [explain.render(d) for d in known if d.status is Status.MISSING]
     if last is None or not missing or ".grad" not in _source.text_of(last[:2]):
         return None
-    return "\n\n".join([_words.error_note("grad_is_none", at(last)), *missing])
+    return "\n\n".join([_error_words.note("grad_is_none", at(last)), *missing])
 
 
 def _untraced(error: Exception, model: nn.Module, find: Find) -> str:
@@ -163,18 +163,18 @@ def _untraced(error: Exception, model: nn.Module, find: Find) -> str:
     kind = BY_PLACE.get(find)
     place = None if kind is None else at(last_of_user(error))
     if kind is not None and place is not None:
-        return _words.error_note(kind, place)
+        return _error_words.note(kind, place)
     if find in {gone_over_twice, overwritten}:
         made = _frames.site_of(outlived(error))
         kept = kept_anywhere(model, made)
         if kept is None and made is not None:
             kept = f"{_words.place(made)} (made here)", ""
         if kept is not None and (find is gone_over_twice or made is not None):
-            return _words.error_note("kept" if find is gone_over_twice else "outlived", *kept)
+            return _error_words.note("kept" if find is gone_over_twice else "outlived", *kept)
     if find is copied_whole and (kept := kept_anywhere(model)) is not None:
         last = at(last_of_user(error))
-        return _words.error_note("copy_of_a_result", listed(role_of("kept here", kept[0]), last))
-    untraced = _words.error_note("untraced", role_of("it fails here", at(last_of_user(error))))
+        return _error_words.note("copy_of_a_result", listed(role_of("kept here", kept[0]), last))
+    untraced = _error_words.note("untraced", role_of("it fails here", at(last_of_user(error))))
     if find is no_history:
         said = [part for part in (untraced, frozen_ones(model)) if part]
         return switched_off(model) or "\n\n".join(said)

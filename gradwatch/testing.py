@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from gradwatch import _words
+from gradwatch import _error_words, _words
 from gradwatch._graph import walk
 from gradwatch._histories import all_frozen
 from gradwatch._names import checked, names_of
@@ -173,7 +173,7 @@ class _Verdict:
             if not any(p.requires_grad for p in self._names.parameters.values()):
                 return all_frozen(self._model)
             if texts:
-                texts.insert(0, _words.error_note("no_history", None))
+                texts.insert(0, _error_words.note("no_history", None))
         return "\n\n".join([*texts, *map(self._misspelt, self._judge.unmatched() if texts else ())])
 
     def run(
