@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gradwatch import _error_words, _frames, _nearby, _source, _statements, _words
+from gradwatch._evidence import inference_around
 from gradwatch._record import node_of, tensors_in
 from gradwatch.report import Site
 
@@ -101,7 +102,7 @@ class Raised:
         if op.grad_mode:
             return None
         switch = self.trace.switch_before(op)
-        around = self.inspection.inference_around(op) if switch is None else None
+        around = inference_around(op) if switch is None else None
         if around is not None:
             return role_of("gradients are off in there", statement(around))
         return role_of("gradients are off from here on", at(switch))

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gradwatch import _words
-from gradwatch._diagnose import not_in_optimizer, undetermined
 from gradwatch._distributed import Exchange
+from gradwatch._grouping import not_in_optimizer, undetermined
 from gradwatch._ledger import Facts, Learned
 from gradwatch._stats import is_hidden, is_searching, scale_left
 from gradwatch.report import Cause, Report, Status

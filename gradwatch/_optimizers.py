@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from gradwatch import _error_words, _nearby, _source, _statements, _words, explain
-from gradwatch._diagnose import not_looked_into
 from gradwatch._failure import (
     Raised,
     asked_for_parameters,
@@ -30,6 +29,7 @@ from gradwatch._failure import (
     role_of,
     statement,
 )
+from gradwatch._grouping import not_looked_into
 from gradwatch._histories import frozen_ones, made_anew
 from gradwatch._record import held_by, unregistered
 from gradwatch.report import Status

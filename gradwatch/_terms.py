@@ -19,7 +19,8 @@ from gradwatch.report import Action, Alert
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gradwatch._diagnose import Finding, Inspection
+    from gradwatch._diagnose import Inspection
+    from gradwatch._grouping import Finding
     from gradwatch.report import Report
 
 

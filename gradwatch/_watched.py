@@ -13,7 +13,7 @@ from itertools import compress, islice
 from operator import attrgetter, not_
 from typing import TYPE_CHECKING, Any
 
-from gradwatch._diagnose import not_registered
+from gradwatch._grouping import not_registered
 from gradwatch._names import Owners, names_of, parameter_at
 from gradwatch._stats import Sensor
 
