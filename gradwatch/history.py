@@ -18,7 +18,7 @@ import os
 import struct
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,8 +145,9 @@ class Recorder:
         self._written_at = clock()
         self._is_written = True
         self._alerts: tuple[Alert, ...] = ()
-        self._findings: tuple[tuple[Diagnosis, ...], tuple[Alert, ...]] = ((), ())
+        self._findings: tuple[tuple[Diagnosis, ...], tuple[Alert, ...]] | None = ((), ())
         self._known: dict[Any, Diagnosis] = {}
+        self._since: int | None = None
 
     def add(
         self, batch: int, step: int, statuses: Mapping[str, Status], norms: Mapping[str, float]
@@ -169,13 +170,17 @@ class Recorder:
 
     def findings(self, report: Report) -> Iterator[tuple[str, bytes]]:
         """Yield the diagnoses that hold, and the alerts so far, where they have changed."""
+        if self._since is None:
+            self._since = report.step
+            if report.step > 0:
+                self._findings = None  # that there are none is news, where a run goes on
         self._alerts = (*report.alerts, *self._alerts)[:_ALERTS]
         self._known |= {(d.cause, d.site, d.parameters, d.step): d for d in report.diagnoses}
         made = tuple(self._known.values())[-_FINDINGS:]
         if (made, self._alerts) != self._findings:
             self._findings = made, self._alerts
             said = Report(report.step, diagnoses=made, alerts=self._alerts, batch=report.batch)
-            yield f"{PREFIX}/findings", json.dumps(said.to_dict()).encode()
+            yield f"{PREFIX}/findings/{self._since:010d}", json.dumps(said.to_dict()).encode()
 
     def flush(self, *, partial: bool = False) -> Iterator[tuple[str, bytes]]:
         """Yield what was not written yet.
@@ -285,11 +290,15 @@ def assembled(values: Mapping[str, bytes]) -> History:
             for tag, value in values.items()
             if tag.startswith(f"{PREFIX}/chunk/")
         ]
-        found = values.get(f"{PREFIX}/findings")
-        report = Report(step=0) if found is None else Report.from_dict(json.loads(found))
+        reports = [
+            (int(tag.rpartition("/")[2]), Report.from_dict(json.loads(value)))
+            for tag, value in values.items()
+            if tag.startswith(f"{PREFIX}/findings/")
+        ]
     except (zlib.error, struct.error, ValueError, KeyError, TypeError) as error:
         raise HistoryError(f"the history of this run cannot be read: {error}") from error
-    return _joined(sets, chunks, report)
+    history = _joined(sets, chunks)
+    return replace(history, report=_together(reports, history))
 
 
 _Chunk = tuple[int, "NDArray[np.int64]", "NDArray[np.uint8]"]
@@ -316,7 +325,7 @@ def _valid(chunks: Sequence[_Chunk]) -> list[_Chunk]:
     return kept[::-1]
 
 
-def _joined(sets: Mapping[int, Sequence[str]], chunks: Sequence[_Chunk], report: Report) -> History:
+def _joined(sets: Mapping[int, Sequence[str]], chunks: Sequence[_Chunk]) -> History:
     names = tuple(dict.fromkeys(name for _, known in sorted(sets.items()) for name in known))
     index = {name: position for position, name in enumerate(names)}
     chunks = _valid([chunk for chunk in chunks if chunk[0] in sets])
@@ -332,7 +341,41 @@ def _joined(sets: Mapping[int, Sequence[str]], chunks: Sequence[_Chunk], report:
         cells[:, rows, places] = values.transpose(0, 2, 1)
         at = rows.stop
     order = np.argsort(axes[0], kind="stable")
-    return History(names, axes[0, order], axes[1, order], cells[0, order], cells[1, order], report)
+    return History(names, axes[0, order], axes[1, order], cells[0, order], cells[1, order])
+
+
+def _together(reports: Sequence[tuple[int, Report]], history: History) -> Report:
+    """Return one report of what several parts of a run found, each with the step that it began at."""
+    whole, end = Report(step=0), None
+    for since, report in reversed(reports):
+        if end is None:
+            whole, end = report, since
+            continue
+        known = {(d.cause, d.site, d.parameters) for d in whole.diagnoses}
+        older = tuple(
+            _healed_since(d, end, history)
+            for d in report.diagnoses
+            if d.step < end and (d.cause, d.site, d.parameters) not in known
+        )
+        alerts = tuple(alert for alert in report.alerts if alert.step < end)
+        whole = replace(
+            whole,
+            diagnoses=(*older, *whole.diagnoses)[-_FINDINGS:],
+            alerts=(*whole.alerts, *alerts)[:_ALERTS],
+        )
+        end = min(end, since)
+    return whole
+
+
+def _healed_since(diagnosis: Diagnosis, step: int, history: History) -> Diagnosis:
+    """Say from which step on a later part of the run had gradients again, by its rows."""
+    places = [history.names.index(name) for name in diagnosis.parameters if name in history.names]
+    if diagnosis.healed_at is not None or diagnosis.status is Status.OK or not places:
+        return diagnosis
+    good = (history.status[:, places] == Status.OK.code).all(axis=1) & (history.steps >= step)
+    if not good.any():
+        return diagnosis
+    return replace(diagnosis, healed_at=int(history.steps[good][0]))
 
 
 def pooled(

@@ -15,6 +15,7 @@ import functools
 import importlib
 import logging
 import sys
+import weakref
 from collections.abc import Iterable, Mapping  # noqa: TC003 -- jsonargparse reads the annotations
 from pathlib import Path  # noqa: TC003 -- jsonargparse reads the annotations
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -141,6 +142,8 @@ class GradWatch(_Bases):
         self._given_sinks = as_sinks(sinks)
         self._state: Mapping[str, Any] = {}
         self._watcher: Watcher | None = None
+        self._run: tuple[weakref.ref[Any], ...] = ()
+        """The trainer and the model that were watched last."""
         self._saw_backward = False
 
     @property
@@ -164,7 +167,7 @@ class GradWatch(_Bases):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the run that is watched out of copies, as it holds hooks and files."""
-        return self.__dict__ | {"_state": self.state_dict(), "_watcher": None}
+        return self.__dict__ | {"_state": self.state_dict(), "_watcher": None, "_run": ()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the counters and streaks of a checkpoint."""
@@ -176,11 +179,18 @@ class GradWatch(_Bases):
 
     @_harmless
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin anew for each ``fit``; a checkpoint's state is loaded right after this."""
-        del trainer
+        """Begin anew for each ``fit``, but where one goes on; a checkpoint's state is loaded right after this."""
         if stage == "fit":
-            self._state, self._watcher = {}, None
+            run, before = (weakref.ref(trainer), weakref.ref(pl_module)), self._run
+            # A trainer that goes on counts on, else what is written now took the place of what is there.
+            goes_on = before[:1] == run[:1] and trainer.global_step > 0
+            self._state, self._run = self.state_dict() if goes_on else {}, run
+            if before != run:
+                self._state.pop("judge", None)
+            self._watcher = None
             self._watcher = Watcher(pl_module, self.config, sinks=self._given_sinks)
+            if self._state:
+                self._watcher.load_state_dict(self._state)
 
     @_harmless
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -160,6 +160,30 @@ def test_findings_are_written_when_they_change():
     assert (report.diagnoses, report.alerts) == ((found,), (alert,))
 
 
+def test_findings_of_a_run_that_went_on_are_joined():
+    """Of two parts both are kept but what the later one did again; what is good since then has healed."""
+
+    def part(since: int, steps: range, status: Status, *causes: Cause) -> dict[str, bytes]:
+        recorder = Recorder()
+        values = recorded(recorder, *((step, {"a": status}, {}) for step in steps))
+        found = (Diagnosis(Severity.WARNING, cause, MISSING, ("a",), step=since) for cause in causes)
+        rule = Alert("dead", Action.WARN, ("a",), None, None, 10, since, MISSING)
+        said = Report(since, diagnoses=tuple(found), alerts=(rule,))
+        return values | dict(recorder.findings(said))
+
+    first = part(2, range(8), MISSING, Cause.UNUSED, Cause.DETACHED)
+    undone = part(8, range(8, 12), MISSING, Cause.NO_GRAD)
+    second = part(8, range(8, 14), OK, Cause.DETACHED)
+
+    report = assembled(first | undone | second).report
+    assert [(d.cause, d.step, d.healed_at) for d in report.diagnoses] == [
+        (Cause.UNUSED, 2, 8),
+        (Cause.DETACHED, 8, None),
+    ]
+    assert [alert.step for alert in report.alerts] == [8, 2]
+    assert assembled(first).report.diagnoses[0].healed_at is None
+
+
 class Half(nn.Module):
     def __init__(self) -> None:
         super().__init__()

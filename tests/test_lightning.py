@@ -543,6 +543,48 @@ def test_a_second_fit_begins_anew(pl: Any):
     assert callback.state_dict()["batches"] == 2
 
 
+class Mended(Net):
+    """One branch is cut off until ``mended`` is set."""
+
+    mended = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        left = self.branches["left"](batch)
+        return (left if self.mended else left.detach()).sum() + self.out("right")
+
+
+def test_a_fit_that_goes_on_keeps_what_was_written(pl: Any, tmp_path: Path):
+    """A second ``fit`` of one trainer counts on, with its logger's file closed in between: nothing is lost."""
+    callback = GradWatch(for_steps=3)
+    model = made(pl, Mended, "left", "right")
+    logger = importlib.import_module(f"{pl.__name__}.loggers").TensorBoardLogger(str(tmp_path))
+    trainer = fit(pl, model, callback, batches=2, logger=logger, log_every_n_steps=1)
+    model.mended = True
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(model, data(2))
+
+    history = read_history(logger.log_dir)
+    left = history.status[:, history.names.index(a("left"))]
+    assert history.batches.tolist() == history.steps.tolist() == list(range(6))
+    assert left.tolist() == [MISSING.code] * 2 + [OK.code] * 4
+    assert [(d.cause, d.step, d.healed_at) for d in history.report.diagnoses] == [
+        (Cause.DETACHED, 0, 2)
+    ]
+    assert callback.state_dict()["batches"] == 6
+
+
+def test_another_model_of_one_trainer_counts_on_without_the_streaks(pl: Any):
+    """A trainer that goes on with another model keeps its batches' numbers, and no streak of the first."""
+    callback = GradWatch(for_steps=30)
+    trainer = fit(pl, made(pl, Every, "each", "never", each=1, never=0), callback, batches=2)
+    assert callback.state_dict()["judge"]["streaks"] == {a("never"): 2}
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(made(pl, Every, "each", "never", each=1, never=0), data(2))
+
+    assert callback.state_dict()["judge"]["streaks"] == {a("never"): 2}
+    assert callback.state_dict()["batches"] == 4
+
+
 def test_other_stages_leave_the_run_as_it_is(pl: Any):
     """Validation, test and prediction after a fit change nothing that the callback tells."""
     callback = GradWatch(PATIENT, every_n_steps=1)

@@ -753,21 +753,40 @@ def test_odd_names(tmp_path):
 
 
 def test_writers_without_a_file(tmp_path):
-    """A stand-in without an event file, and a writer that was closed, get nothing."""
+    """A stand-in without an event file, and a writer that is closed meanwhile, get nothing."""
 
     class StandIn:
         def __getattr__(self, _):
             return lambda *_, **__: None
 
     writer = torch_tensorboard.SummaryWriter(str(tmp_path))
-    writer.close()
+    written = 0
     for target in (StandIn(), None, writer):
         sink = TensorBoardSink(target)
         sink.write(report(0))
         sink.write(report(1))
+        if target is writer:
+            writer.close()
+            written = len(events(tmp_path))
+        sink.write(report(2))
         sink.close()
 
-    assert [events(tmp_path), len(list(tmp_path.iterdir()))] == [[], 1]
+    assert [len(events(tmp_path)), len(list(tmp_path.iterdir()))] == [written, 1]
+    assert written > 0
+
+
+def test_a_writer_closed_before_is_opened_again(tmp_path):
+    """A writer that was closed before the first report, as after a fit of Lightning's, writes a file of its own."""
+    with torch_tensorboard.SummaryWriter(str(tmp_path), filename_suffix=".a") as writer:
+        writer.add_scalar("loss", 1.0, 0)
+    writer.filename_suffix = ".b"
+    sink = TensorBoardSink(writer)
+    for step in range(2):
+        sink.write(report(step))
+    sink.close()
+
+    assert history.read_history(tmp_path).batches.tolist() == [0, 1]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_messages_of_the_writers_package(monkeypatch):

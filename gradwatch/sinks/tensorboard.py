@@ -83,6 +83,7 @@ class TensorBoardSink:
         self._history = Recorder(clock) if history else None
         self._batch = 0
         self._statuses: dict[str, Status] = {}
+        self._may_open = hasattr(writer, "add_text")
 
     def write(self, report: Report) -> None:
         """Take one report; what the batch before it had to say is written now."""
@@ -104,15 +105,23 @@ class TensorBoardSink:
         self._writer.flush()
 
     def _record(self, record: Record | None) -> None:
-        if record is None or not _event_file(self._writer):
+        if record is None or not (self._may_open or _event_file(self._writer)):
             return
         report = record.report
         self._statuses |= report.statuses
+        page = self._page.add(report, self._statuses)
+        if not _event_file(self._writer):
+            # A text opens a file where there is none: Lightning closes its own after each fit.
+            self._add_text(page)
+            page = None
+        self._may_open = False
+        if not _event_file(self._writer):
+            return
         values = [(f"{self._prefix}/{name}", value) for name, value in record.values.items()]
         if report.logged:
             values += self._parameter_values(report)
         self._add_values(report.batch, values, self._map.add(report))
-        self._add_text(self._page.add(report, self._statuses))
+        self._add_text(page)
         self._batch = report.batch
         if self._history is None:
             return
