@@ -197,13 +197,15 @@ class GradWatch(_Bases):
         """Begin the run: now the optimizers exist."""
         if self._watcher is not None:
             ours = [c for c in getattr(trainer, "callbacks", ()) if isinstance(c, GradWatch)]
+            automatic = pl_module.automatic_optimization
             self._watcher.begin(
-                trainer.optimizers,
+                # Where the user's code keeps optimizers of its own, a stand-in without parameters is there.
+                [o for o in trainer.optimizers if automatic or o.param_groups],
                 loggers=trainer.loggers,
                 name=self._name,
                 first=not ours or ours[0] is self,
-                by_hand=not pl_module.automatic_optimization,
-                touched=pl_module.automatic_optimization and _has_late_hooks(trainer, pl_module),
+                by_hand=not automatic,
+                touched=automatic and _has_late_hooks(trainer, pl_module),
                 writes=trainer.is_global_zero,
                 scaler=getattr(trainer, "scaler", None),
                 # Private: set where `fit` was given a compiled module, which it unwraps.

@@ -328,6 +328,23 @@ class Watcher:
             else:
                 self._note_outside()
 
+    @_harmless_hook
+    def _before_own_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if not has_closure(args, kwargs):
+            self._judge_own_step(optimizer)
+
+    @_harmless_hook
+    def _after_own_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if has_closure(args, kwargs):
+            self._judge_own_step(optimizer)
+
+    def _judge_own_step(self, optimizer: Any) -> None:
+        """Judge a step that the trainer was not asked for, as of a raw optimizer: no adapter has told of it."""
+        if self._judged_for is optimizer:
+            self._judged_for = None
+        elif self._is_ours(optimizer) or (self._off and optimizer in self._known_optimizers):
+            self.judge_unseen(optimizer)
+
     @property
     def _known_optimizers(self) -> tuple[Any, ...]:
         """Those that were named, and those that were seen to step."""
@@ -471,7 +488,8 @@ class Watcher:
             compiled: Whether the whole step is compiled, which the model itself does not show.
             name: What tells the cards of this watcher from those of another one in the same run.
             first: Whether this is the one of them that writes the history.
-            by_hand: Whether the user may clip gradients between ``after_backward()`` and ``before_step()``.
+            by_hand: Whether the user's code steps the optimizers: it may clip gradients between
+                ``after_backward()`` and ``before_step()``, and step where the trainer does not see it.
             touched: Whether hooks of the user's may take gradients away between ``before_step()`` and the
                 optimizer's own step. Where they do, steps are judged after it from then on.
             tells: Whether ``interrupted()`` will be called for every error of a step.
@@ -484,6 +502,11 @@ class Watcher:
             # Right before the step, or inside of it, where Lightning runs forward and backward as a closure.
             for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook):
                 self._plain.callback(register(self._after_hooks).remove)
+        elif by_hand:
+            before = register_optimizer_step_pre_hook(self._before_own_step)
+            after = register_optimizer_step_post_hook(self._after_own_step)
+            self._plain.callback(before.remove)
+            self._plain.callback(after.remove)
         self._every = self.config.log.every_n_steps or max(every_n_steps, 1)
         self._clips, self._by_hand = clips, by_hand
         self._group = Group.of(self._model, around)
@@ -614,6 +637,7 @@ class Watcher:
             GradientAlertError: A rule with ``action: abort`` fired.
         """
         if self._off:
+            self._judged_for = optimizer
             self._keep_company()
         elif self._late:
             self._due = optimizer, step

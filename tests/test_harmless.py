@@ -361,7 +361,7 @@ FAULTS = [
     "gradwatch._diagnose.Inspection.leave",
     "gradwatch._diagnose.Inspection.start",
     "gradwatch._diagnose.Inspection.stop",
-    "gradwatch._diagnose.follow",
+    "gradwatch._explanation.follow",
     "gradwatch._diagnose.grouped",
     "gradwatch._names.Owners.covered",
     "gradwatch._stats.Sensor.after",

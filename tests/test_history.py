@@ -166,7 +166,9 @@ def test_findings_of_a_run_that_went_on_are_joined():
     def part(since: int, steps: range, status: Status, *causes: Cause) -> dict[str, bytes]:
         recorder = Recorder()
         values = recorded(recorder, *((step, {"a": status}, {}) for step in steps))
-        found = (Diagnosis(Severity.WARNING, cause, MISSING, ("a",), step=since) for cause in causes)
+        found = (
+            Diagnosis(Severity.WARNING, cause, MISSING, ("a",), step=since) for cause in causes
+        )
         rule = Alert("dead", Action.WARN, ("a",), None, None, 10, since, MISSING)
         said = Report(since, diagnoses=tuple(found), alerts=(rule,))
         return values | dict(recorder.findings(said))

@@ -350,15 +350,20 @@ class Gan(Net):
 
     def configure_optimizers(self) -> Any:
         groups = (["generator"], ["discriminator", "idle"])
-        return [
+        self.own = [
             torch.optim.SGD([self.branches.get_parameter(f"{name}.weight") for name in names], 0.01)
             for names in groups
         ]
+        return None if "own" in self.options else self.own
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         this: Any = self
         players = ("generator", "discriminator")
-        for player, optimizer in zip(players, this.optimizers(), strict=True):
+        if "own" in self.options:
+            optimizers = self.own
+        else:
+            optimizers = this.optimizers(use_pl_optimizer="bare" not in self.options)
+        for player, optimizer in zip(players, optimizers, strict=True):
             if self.options.get("rarely") == player and batch_idx % 2:
                 continue
             if self.options.get("toggle"):
@@ -374,7 +379,11 @@ class Gan(Net):
                 this.untoggle_optimizer(optimizer)
 
 
-@pytest.mark.parametrize("options", [{"toggle": True}, {}, {"raw": True}], ids=str)
+STEPPED = [{"toggle": True}, {}, {"raw": True}, {"bare": True}, {"own": True, "raw": True}]
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+@pytest.mark.parametrize("options", STEPPED, ids=str)
 def test_each_player_is_judged_in_its_own_steps(pl: Any, options: dict[str, Any]):
     """In a GAN a report speaks of the player that steps, with streaks of its own steps."""
     sink = MemorySink()
