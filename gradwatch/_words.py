@@ -36,11 +36,11 @@ WIDEST = 160
 IN_NO_OPTIMIZER = ("is in no optimizer", "are in no optimizer")
 FROZEN_SINCE = "what it was about is frozen now"
 """Note of a diagnosis that ended because its parameters want no gradient any more."""
-AGAIN = {
+SINCE = {
     Status.FROZEN: ("is no longer frozen", "are no longer frozen"),
-    Status.ZERO: ("gets a gradient other than zero again", "get gradients other than zero again"),
-    Status.MISSING: ("gets a gradient again", "get a gradient again"),
-    Status.NONFINITE: ("gets a finite gradient again", "get a finite gradient again"),
+    Status.ZERO: ("gets a gradient other than zero", "get gradients other than zero"),
+    Status.MISSING: ("gets a gradient", "get a gradient"),
+    Status.NONFINITE: ("gets a finite gradient", "get a finite gradient"),
 }
 TRAINS = ("trains", "train")
 LABELS = {

@@ -157,10 +157,10 @@ def healed(diagnosis: Diagnosis, all_names: Iterable[str] = ()) -> str:
         >>> print(
         ...     healed(Diagnosis(Severity.NOTE, Cause.UNUSED, Status.MISSING, ("w",), healed_at=12))
         ... )
-        note[unused]: `w` gets a gradient again since step 12
+        note[unused]: `w` gets a gradient since step 12
     """
     names = fold(diagnosis.parameters, all_names)
-    forms = _words.AGAIN.get(diagnosis.status, _words.TRAINS)
+    forms = _words.SINCE.get(diagnosis.status, _words.TRAINS)
     if diagnosis.cause is Cause.NOT_IN_OPTIMIZER:
         forms = ("is in an optimizer", "are in an optimizer")
     elif _words.FROZEN_SINCE in diagnosis.notes:

@@ -370,10 +370,10 @@ def test_notes_of_several_lines():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, "note[unused]: `w` gets a gradient again since step 12"),
+        ({}, "note[unused]: `w` gets a gradient since step 12"),
         (
             {"parameters": ("a", "b")},
-            "note[unused]: `a` and `b` get a gradient again since step 12",
+            "note[unused]: `a` and `b` get a gradient since step 12",
         ),
         (
             {"cause": Cause.NOT_IN_OPTIMIZER},

@@ -208,7 +208,7 @@ def test_console_says_that_something_healed():
     """That a diagnosis healed is said once, and its return is said in full."""
     sick = report(0, diagnoses=(diagnosis("x"),))
     well = report(12, diagnoses=(diagnosis("x", healed_at=12),))
-    line = "\nnote[detached]: `x` gets a gradient again since step 12\n"
+    line = "\nnote[detached]: `x` gets a gradient since step 12\n"
 
     assert printed(sick, well, well, sick) == printed(sick) + line + printed(sick)
     assert printed(well) == ""
