@@ -639,7 +639,7 @@ def test_healing_is_told_once(capsys: pytest.CaptureFixture[str]):
     assert [report.step for report in run.sink.reports] == [0, 2, 4]
     assert told == [[(0, None)], [(0, 2)], []]
     assert [(d.step, d.healed_at) for d in run.watcher.diagnoses] == [(0, 2)]
-    assert capsys.readouterr().err.count("again since step 2") == 1
+    assert capsys.readouterr().err.count("gets a gradient since step 2") == 1
 
 
 def test_a_lasting_relapse_is_diagnosed_anew():
