@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from gradwatch import _frames, _words
 from gradwatch._calls import Kind, Wrapper
 from gradwatch._grouping import Finding
-from gradwatch._nearby import surrounding
+from gradwatch._nearby import calls_kept, surrounding
 from gradwatch._source import Statement, wrapping
 from gradwatch.report import Cause, Site
 
@@ -69,6 +69,7 @@ class Evidence:
         self.modules = modules
         self.passes = passes
         self.sensor = sensor
+        self._kept: dict[int, Site | None] = {}
 
     @property
     def reached(self) -> set[int]:
@@ -160,8 +161,31 @@ class Evidence:
         found = Finding(cause, site, op.name)
         switched = None if op.grad_mode else self.switched_at(op)
         if cause is Cause.NO_GRAD and switched and (switched.file, switched.line) != line_of(found):
-            found = replace(found, notes=(_words.switched_off(switched),))
+            kept = self._kept_meanwhile(op)
+            notes = (_words.kept_meanwhile(kept),) if kept else ()
+            found = replace(found, notes=(_words.switched_off(switched), *notes))
         return found
+
+    def _kept_meanwhile(self, op: Op) -> Site | None:
+        """Return where a value made with gradients off is kept, for functions that run with gradients on to use it."""
+        if op.index not in self._kept:
+            reader = None if op.place is None else self._reader_with_gradients(op)
+            used = None if reader is None else reader.place
+            stores = calls_kept(op.place[:2], used[:2]) if op.place and used else []
+            one = stores[0] if len(stores) == 1 else None
+            site = None if one is None else Site(one.file, one.line, source=one.text)
+            self._kept[op.index] = site
+        return self._kept[op.index]
+
+    def _reader_with_gradients(self, op: Op) -> Op | None:
+        """Return the first operation with gradients on that takes what follows from one with gradients off."""
+        behind = set(op.outputs)
+        for later in self.trace.ops[op.index + 1 :]:
+            if not behind.isdisjoint(later.inputs):
+                if later.grad_mode:
+                    return later
+                behind.update(later.outputs)
+        return None
 
 
 def inference_around(op: Op) -> Statement | None:

@@ -531,6 +531,30 @@ def leaving_before(step: Step, name: str) -> list[Statement]:
     )
 
 
+def calls_kept(step: Step, reader: Step) -> list[Statement]:
+    """Return where a file keeps, in an attribute or an element, what a function returns, for others to read.
+
+    Args:
+        step: A place in that function.
+        reader: The place that reads what was kept: a function that keeps a result for itself alone is none of these.
+    """
+    own, module, reads = function(step[0]), tree(step[0].co_filename), function(reader[0])
+    name = getattr(own, "name", "")
+    if module is None or not name:
+        return []
+    kept = [
+        node
+        for definition in ast.walk(module)
+        if isinstance(definition, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and definition not in {own, reads}
+        for node in own_nodes(definition)
+        if isinstance(node, (ast.Assign, ast.AnnAssign))
+        and any(isinstance(t, (ast.Attribute, ast.Subscript)) for t in flat_targets(node))
+        and any(isinstance(c, ast.Call) and called(c) == name for c in ast.walk(node))
+    ]
+    return statements_of(step[0].co_filename, kept)
+
+
 def kept_after(step: Step) -> list[Statement]:
     """Return where a function puts the name that it gives a value into a container: `losses.append(loss)`."""
     inside, place = function(step[0]), span(step)

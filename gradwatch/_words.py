@@ -346,6 +346,11 @@ def switched_off(site: Site) -> str:
     return f"gradient mode was switched off at {place(site)}"
 
 
+def kept_meanwhile(site: Site) -> str:
+    """Say where a value without a history is kept, which is used later where gradients are on."""
+    return f"what was computed there is kept for later use at {place(site)}"
+
+
 def did_not_run(module: str) -> str:
     """Say that a module's forward was not called."""
     return f"module `{module}` did not run in this step"

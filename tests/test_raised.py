@@ -757,6 +757,28 @@ class SwitchedOffForGood(Net):
             torch.set_grad_enabled(True)
 
 
+class CachedByAnEvaluation(Net):
+    words = "does not require grad and does not have a grad_fn"
+    advice = "gradient mode on"
+    cached = None
+
+    def encode(self, x):
+        return self.head(torch.tanh(self.enc(x)))
+
+    def states(self, x):
+        if self.cached is None:
+            self.cached = self.encode(x)  # <- here
+        return self.cached
+
+    @torch.no_grad()
+    def evaluate(self, x):
+        return self.states(x).std().item()
+
+    def forward(self, x):
+        self.evaluate(x)
+        return self.states(x).mean()
+
+
 class IntoAPreallocatedTensor(Net):
     words = "arguments don't support automatic differentiation"
     advice = "call it without `out=`"
