@@ -90,10 +90,22 @@ class Evidence:
             return self.at(Cause.LEFT_TORCH, leaves)
         if op.kind is Kind.REWRAP and op.place is None:
             return self._wrapped(cause, op)
-        reader = self.first_reader(op) if op.kind is Kind.SEVER else None
-        if reader is not None and reader.wrapper is Wrapper.LOAD:
-            return self.at(Cause.REPLACED, reader)  # `state_dict()` detaches what it hands out
+        loaded = self._loaded_by(op) if op.kind is Kind.SEVER else None
+        if loaded is not None:
+            return self.at(Cause.REPLACED, loaded)  # `state_dict()` detaches what it hands out
         return self.at(cause, op)
+
+    def _loaded_by(self, op: Op) -> Op | None:
+        """Return what loads the values of a detached tensor, or of some that were taken from it, into others."""
+        behind = set(op.outputs)
+        for later in self.trace.ops[op.index + 1 :]:
+            if not behind.isdisjoint(later.inputs):
+                if later.wrapper is Wrapper.LOAD:
+                    return later
+                if later.name != "torch.Tensor.__getitem__":
+                    return None
+                behind.update(later.outputs)
+        return None
 
     def _wrapped(self, cause: Cause, op: Op) -> Finding:
         """Return where a value was wrapped as a new leaf, else where the leaf was first used."""

@@ -122,6 +122,19 @@ class Raised:
         return None if producer is None else self.trace.ops[producer]
 
 
+def history_of(trace: Trace, roots: Iterable[int]) -> set[int]:
+    """Return the values with a history that some were computed from, these included."""
+    found: set[int] = set()
+    todo = list(roots)
+    while todo:
+        number = todo.pop()
+        value = trace.values[number]
+        if number not in found and value.tracked and value.producer is not None:
+            found.add(number)
+            todo.extend(trace.ops[value.producer].inputs)
+    return found
+
+
 def callers_in(stack: Iterable[tuple[Any, int]]) -> list[_frames.Place]:
     """Return the same of an operation whose frames were kept, the innermost first."""
     steps = [step for step in stack if _frames.owner(step[0]) is _frames.Owner.USER]

@@ -8,8 +8,7 @@ Limits: where the step was not traced, only what the model holds is known to be 
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.autograd.function import BackwardCFunction
@@ -19,9 +18,8 @@ from gradwatch._calls import Kind
 from gradwatch._failure import (
     Raised,
     at,
-    begun_at,
     entries,
-    failing,
+    history_of,
     last_of_user,
     listed,
     raising,
@@ -29,9 +27,9 @@ from gradwatch._failure import (
     statement,
     users_own,
 )
-from gradwatch._record import MADE, held_by, keepers_in
+from gradwatch._kept import carried_over, kept_in_step
 from gradwatch._unread import settings
-from gradwatch.report import Cause, Diagnosis, Site, Status
+from gradwatch.report import Cause, Diagnosis, Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
     from gradwatch._record import Backward, Op
     from gradwatch._trace import Trace
 
-_MOST_NODES = 100_000
 _MOST_SETTINGS = 4
 _EARLIER_AND_LATER = 2
 _MODES = ("no_grad", "inference_mode")
@@ -66,42 +63,6 @@ def frozen_ones(model: nn.Module) -> str | None:
     frozen = tuple(name for name, p in names.items() if not p.requires_grad)
     folded = _words.listed(explain.fold(frozen, names))
     return _error_words.frozen_too(folded, _first_freezing(model)) if frozen else None
-
-
-def outlived(error: Exception) -> _frames.Place | None:
-    """Return where a tensor was made, in an earlier step that was traced, of the graph that a backward went over."""
-    todo = begun_at(error)
-    seen: set[Any] = set()
-    while todo and len(seen) < _MOST_NODES:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        place: _frames.Place | None = node.metadata.get(MADE)
-        if place is not None:
-            return place
-        todo.extend(above for above, _ in node.next_functions if above is not None)
-    return None
-
-
-def kept_anywhere(
-    model: nn.Module, made: Site | None = None, read: _frames.Place | None = None
-) -> tuple[str | None, str] | None:
-    """Return the statement that keeps a tensor with a history on a module, and the name it has there.
-
-    Of several that whose name stands in the function that reads it.
-    """
-    near = frozenset() if read is None else _source.attributes_in(read.code)
-    found = [
-        (name, statements)
-        for cls, attribute, name in keepers_in(model)
-        if not cls.__module__.startswith("torch.")
-        if (statements := _statements.keepings(cls, attribute))
-    ]
-    found.sort(key=lambda each: each[0].rpartition(".")[2] not in near)
-    for full, statements in found:
-        return _story(statements, made, read), f" (`{full}`)"
-    return None
 
 
 def no_history(raised: Raised) -> str | None:
@@ -225,7 +186,7 @@ def _switched_over(model: nn.Module, told: Iterable[Diagnosis]) -> str | None:
 def made_anew(raised: Raised) -> str | None:
     """Return where the tensor was made anew that the last loss has its history from, and no parameter."""
     trace = raised.trace
-    behind = _behind(trace, trace.backwards[-1].roots) if trace.backwards else set[int]()
+    behind = history_of(trace, trace.backwards[-1].roots) if trace.backwards else set[int]()
     ops = [op for number in behind if (op := raised.maker_of(number)) is not None]
     read = {number for op in ops if behind.isdisjoint(op.inputs) for number in op.inputs}
     if any(trace.values[number].parameter is not None for number in read):
@@ -392,8 +353,8 @@ def _earlier(trace: Trace) -> Backward | None:
     if len(trace.backwards) < _EARLIER_AND_LATER:
         return None
     *before, failed = trace.backwards
-    behind = _behind(trace, failed.roots)
-    through = (b for b in reversed(before) if not behind.isdisjoint(_behind(trace, b.roots)))
+    behind = history_of(trace, failed.roots)
+    through = (b for b in reversed(before) if not behind.isdisjoint(history_of(trace, b.roots)))
     return next(through, before[-1])
 
 
@@ -402,7 +363,7 @@ def _shared(trace: Trace, earlier: Backward, later: Backward) -> tuple[str | Non
 
     And those through which each pass came to it, the earlier one first, when it can be cut off there.
     """
-    first, second = _behind(trace, earlier.roots), _behind(trace, later.roots)
+    first, second = history_of(trace, earlier.roots), history_of(trace, later.roots)
     common = first & second
     roots = {*earlier.roots, *later.roots}
     last = max(
@@ -489,122 +450,6 @@ def _given_to(place: _frames.Place | None, besides: _frames.Place | None = None)
     return listed(None if call is None else statement(call), at(place))
 
 
-def _behind(trace: Trace, roots: Iterable[int]) -> set[int]:
-    """Return the values with a history that some were computed from, these included."""
-    found: set[int] = set()
-    todo = list(roots)
-    while todo:
-        number = todo.pop()
-        value = trace.values[number]
-        if number not in found and value.tracked and value.producer is not None:
-            found.add(number)
-            todo.extend(trace.ops[value.producer].inputs)
-    return found
-
-
-def kept_in_step(raised: Raised) -> tuple[str | None, str] | None:
-    """Return where a tensor of an earlier pass, which this one has read, was kept, and its name there."""
-    trace = raised.trace
-    for op in trace.ops:
-        if op.kind is Kind.LINK and op.place is None:
-            readers = (o for o in trace.ops[op.index :] if set(op.outputs) & set(o.inputs))
-            kept = _kept_in(raised.model, trace, op, next(readers, None))
-            if kept is not None:
-                return kept
-    return None
-
-
-def carried_over(raised: Raised) -> tuple[str | None, str] | None:
-    """Return the same of a tensor made in an earlier micro-batch of the step that was traced."""
-    trace = raised.trace
-    latest = trace.backwards[-1] if trace.backwards and len(trace.batches) > 1 else None
-    if latest is None:
-        return None
-    behind = _behind(trace, latest.roots)
-    begin = trace.batches[-1]
-    old = behind.intersection(n for op in trace.ops[:begin] for n in op.outputs)
-    for op in trace.ops[begin:]:
-        carried = [] if behind.isdisjoint(op.outputs) else sorted(old.intersection(op.inputs))
-        maker = raised.maker_of(carried[-1]) if carried else None
-        if maker is not None and op.place is not None:
-            made = _frames.site_of(maker.place)
-            filled = _nearby.fillings(op.place[:2])
-            if filled:
-                return _story(filled, made, op.place), ""
-            kept = kept_anywhere(raised.model, made, op.place)
-            return kept or (_story(_nearby.stores(op.place[:2]), made, op.place), "")
-    return None
-
-
-def _kept_in(
-    model: nn.Module, trace: Trace, op: Op, reader: Op | None
-) -> tuple[str | None, str] | None:
-    """Return the statement that keeps a tensor of an earlier pass, and the name it has there."""
-    known = trace.foreign.get(op.index)
-    tensor = None if known is None else known()
-    made = _frames.site_of(trace.outlived.get(op.index))
-    read = None if reader is None else reader.place
-    keeper = trace.keepers.get(op.index)
-    for path, module in model.named_modules():
-        for name, value in held_by(module):
-            if (path, name) == keeper or (tensor is not None and _holds(value, tensor)):
-                statements = _statements.keepings(type(module), name)
-                if statements:
-                    full = f"{path}.{name}" if path else name
-                    filled = [] if read is None else _nearby.fillings(read[:2])
-                    kept_as = "" if filled else f" (`{full}`)"
-                    dropped = [statement(s) for s in _statements.dropped(type(module), name)[:1]]
-                    lost = role_of("its result is dropped", next(iter(dropped), None))
-                    story = _story([*filled, *statements], made, read)
-                    return listed(lost, story), kept_as
-    # What a decorator keeps is in no attribute, and what an object holds is not looked for.
-    around = [] if made is None else _nearby.keeping_decorators(made.file, made.line)
-    around = around or ([] if made is None else _nearby.stored_after(made.file, made.line))
-    statements = around or ([] if read is None else _nearby.stores(read[:2]))
-    return (_story(statements, made, read), "") if statements or made or read else None
-
-
-def _story(
-    statements: list[_source.Statement], made: Site | None, read: _frames.Place | None
-) -> str | None:
-    """Return where a tensor was kept, where it was made, and where it is used again: what is known of it."""
-    same = [s for s in statements if made is not None and s.line == made.line]
-    kept = next((statement(s) for s in same or statements), None)
-    came = None if made is None or same else f"{_words.place(made)} (made here)"
-    # What was made before anything was traced was perhaps handed in.
-    giver = _nearby.handed_in(statements[0]) if made is None and statements else None
-    kept = listed(None if giver is None else statement(giver), kept)
-    used = at(read)
-    if used in {None, kept, None if made is None else _words.place(made)}:
-        return listed(kept, came)
-    return listed(listed(kept, came), f"{used} (used again)")
-
-
-def _holds(value: Any, tensor: Any) -> bool:
-    """Tell whether a value is a tensor, or a container or a `partial` that holds it."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    elif isinstance(value, functools.partial):
-        value = [*value.args, *value.keywords.values()]
-    return value is tensor or (
-        isinstance(value, (list, tuple)) and any(_holds(item, tensor) for item in value)
-    )
-
-
-def copied_whole(raised: Raised) -> str | None:
-    """Explain the copy of a computed tensor by the attribute that keeps it, else by what made it."""
-    kept = kept_anywhere(raised.model)
-    failed = raised.failed
-    pruned = _pruned(raised.model)
-    if pruned is not None:
-        last = None if failed is None else at(failed.place)
-        return _error_words.note("copy_of_a_result", listed(pruned, last))
-    if kept is None:
-        return failing("copy_of_a_result")(raised)
-    copied = None if failed is None else at(failed.place)
-    return _error_words.note("copy_of_a_result", listed(f"{kept[0]} (kept here)", copied))
-
-
 def without_history(kind: str) -> Find:
     """Explain a call on a tensor without a history by where that was lost."""
 
@@ -621,12 +466,3 @@ def without_history(kind: str) -> Find:
         return _error_words.note(kind, listed(cut, role_of("made here", made), *map(at, places)))
 
     return find
-
-
-def _pruned(model: nn.Module) -> str | None:
-    """Return where the text replaces parameters of torch's own layers by results, if a model has such layers."""
-    if not any(cls.__module__.startswith("torch.") for cls, _, _ in keepers_in(model)):
-        return None
-    files = dict.fromkeys(_source.file_of(type(module)) for module in model.modules())
-    found = [s for file in files if file for s in _statements.prunings(file)]
-    return statement(found[0]) if found else None

@@ -611,11 +611,10 @@ def receiver(step: Step) -> Statement | None:
     return found[0] if found else None
 
 
-def handed_in(found: Statement) -> Statement | None:
-    """Return the only call that hands in what a statement keeps: `Kernel(scale.exp())` of `self.scale = scale`."""
-    module = tree(found.file)
-    around = _functions_around(module, found.line)
-    if module is None or not around:
+def keeps_argument(found: Statement) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    """Return the method in which a statement keeps what the method is given as it is, if it does."""
+    around = _functions_around(tree(found.file), found.line)
+    if not around:
         return None
     inside = around[-1]
     kept = [n for n in own_nodes(inside) if isinstance(n, ast.Assign) and n.lineno == found.line]
@@ -623,7 +622,14 @@ def handed_in(found: Statement) -> Statement | None:
         v for n in kept for v in (n.value.elts if isinstance(n.value, ast.Tuple) else [n.value])
     ]
     given = {argument.arg for argument in inside.args.args[1:]}
-    if not values or not all(isinstance(v, ast.Name) and v.id in given for v in values):
+    all_given = all(isinstance(v, ast.Name) and v.id in given for v in values)
+    return inside if values and all_given else None
+
+
+def handed_in(found: Statement) -> Statement | None:
+    """Return the only call that hands in what a statement keeps: `Kernel(scale.exp())` of `self.scale = scale`."""
+    module, inside = tree(found.file), keeps_argument(found)
+    if module is None or inside is None:
         return None
     name = inside.name
     if name == "__init__":

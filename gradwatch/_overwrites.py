@@ -27,7 +27,7 @@ from gradwatch._failure import (
     role_of,
     statement,
 )
-from gradwatch._histories import carried_over, kept_in_step
+from gradwatch._kept import carried_over, kept_in_step
 from gradwatch._record import hooks_of
 
 if TYPE_CHECKING:

@@ -65,15 +65,13 @@ from gradwatch._functions import (
     without_backward,
 )
 from gradwatch._histories import (
-    copied_whole,
     frozen_ones,
     gone_over_twice,
-    kept_anywhere,
     no_history,
-    outlived,
     switched_off,
     without_history,
 )
+from gradwatch._kept import copied_whole, kept_anywhere, outlived
 from gradwatch._optimizers import (
     half_parameters,
     in_two_groups,
