@@ -87,6 +87,32 @@ def not_a_number(raised: Raised) -> str | None:
     return None
 
 
+def ill_defined(raised: Raised) -> str | None:
+    """Explain a loss that depends on a phase by what takes the vectors apart, and by what made them."""
+    found = re.match(r"(\w+)_backward", raised.message)
+    wanted = "" if found is None else found[1].rpartition("_")[2]
+    ops = [op for op in raised.trace.ops if op.name.rpartition(".")[2] == wanted]
+    vectors = [(op, _reader_of(raised, op)) for op in ops]
+    # Real and imaginary part depend on the phase; of others the last one is the first in the backward pass.
+    apart = [pair for pair in vectors if pair[1] is not None and _is_part(pair[1])]
+    if not vectors:
+        return None
+    op, reader = (apart or vectors)[-1]
+    parts = None if reader is None else at(reader.place)
+    return _error_words.note("ill_defined", listed(parts, role_of("made here", at(op.place))))
+
+
+def _reader_of(raised: Raised, op: Op) -> Op | None:
+    """Return what first reads one of the results of an operation, the real or imaginary part where there is one."""
+    made = set(op.outputs)
+    readers = [o for o in raised.trace.ops[op.index + 1 :] if not made.isdisjoint(o.inputs)]
+    return next(filter(_is_part, readers), next(iter(readers), None))
+
+
+def _is_part(op: Op) -> bool:
+    return any(part in {"real", "imag"} for part in op.name.split("."))
+
+
 def without_formula(raised: Raised) -> str | None:
     """Explain a custom operator that was registered without a derivative."""
     found = re.search(r"through (\w+\.\w+)", raised.message)
@@ -269,10 +295,12 @@ def not_in_graph(raised: Raised) -> str | None:
             places = listed(_words.place(cut.site), switch, at(asked.place))
             cutter = cut.operation or str(cut.cause)
             return _error_words.note("cut_before", places, cutter, named)
+    leaving = None if last is None else _leaving(trace, last)
     unread = in_nearest_file(raised, ignoring_functions)
     ignoring = role_of("reads none of its arguments", listed(*map(statement, unread)))
     places = listed(
         *(role_of("made here", at(op.place)) for op in made[:1]),
+        role_of("its values leave the graph here", None if leaving is None else at(leaving.place)),
         role_of("the last that was computed from it", None if last is None else at(last.place)),
         ignoring or (None if last is None else _passed_over(trace, last)),
         *(role_of("the output", at(op.place)) for op in outputs[:1]),
@@ -330,6 +358,13 @@ def _last_from(trace: Trace, numbers: Iterable[int]) -> Op | None:
             behind.update(op.outputs)
             last = op
     return last
+
+
+def _leaving(trace: Trace, last: Op) -> Op | None:
+    """Return what takes the result of an operation out of the graph, or out of torch."""
+    out, made = {Kind.SEVER, Kind.EXIT}, set(last.outputs)
+    later = trace.ops[last.index + 1 :]
+    return next((op for op in later if op.kind in out and not made.isdisjoint(op.inputs)), None)
 
 
 def number_for_a_loss(raised: Raised) -> str | None:
@@ -582,6 +617,15 @@ def _has_parameters(raised: Raised, numbers: Iterable[int]) -> bool:
 def leaf_in_place(raised: Raised) -> str | None:
     """Explain a leaf that is changed in place by the call, and by the layer that does so where it is one."""
     places = [at(place) for place in failing_places(raised)]
+    failed = raised.failed
+    target = raised.maker_of(failed.read[0]) if failed is not None and failed.read else None
+    filled = (
+        None if failed is None or failed.place is None else _nearby.written_into(failed.place[:2])
+    )
+    if target is not None and not target.inputs and filled is not None:
+        return _error_words.note(
+            "leaf_filled", listed(at(target.place), statement(filled), *places)
+        )
     layer = local_owner(raised.error, "self")
     made = made_in_place(raised, layer)
     return _error_words.note("leaf_in_place", listed(made, *places)) if places else None

@@ -27,6 +27,26 @@ ERRORS = {
         "gradient mode was switched off, and is off still",
         "switch it off with `with torch.no_grad():`, which switches it on again whatever happens",
     ),
+    "functional_in_transform": (
+        "`requires_grad_()`, which `torch.autograd.functional` calls too, is of no use inside of `vmap` and the like",
+        "use `torch.func`, whose `grad`, `vjp`, `jacrev`, `jacfwd` and `hessian` go together with `vmap`",
+    ),
+    "overlapping": (
+        "what is written and what is read here are one memory: a tensor, and a view of it",
+        "write `x = x + y` in place of `x += y`, or `.clone()` what is read",
+    ),
+    "leaf_filled": (
+        "a tensor that was made to require grad is written into",
+        "make it without `requires_grad=True`: what is written into it gives it a history",
+    ),
+    "other_data": (
+        "a parameter is given data of another shape, and what was made for the old one expects that",
+        "put a new parameter in its place, `layer.weight = nn.Parameter(...)`, and make what holds the old one anew",
+    ),
+    "ill_defined": (
+        "the loss depends on what an eigenvector or singular vector leaves open: its phase",
+        "use what does not change with the phase: `.abs()`, projections `v @ v.mH`, or the values alone",
+    ),
     "no_history": ("no parameter that requires grad reaches the loss", None),
     "overwritten": (
         "`{1}` changes a tensor in place here that a backward needs as it was",
@@ -458,9 +478,11 @@ def cut_as_well(where: str) -> str:
     return f"others are cut off from the loss as well\n  --> {where}"
 
 
-def called_inside(where: str) -> str:
-    """Say which call, made with gradients off, led to the failing line."""
-    return f"gradients are off in this call\n  --> {where}"
+def called_inside(where: str, *, for_good: bool = False) -> str:
+    """Say which call, made with gradients off, led to the failing line; inference mode stays on inside of it."""
+    advice = "use `torch.no_grad()` there: `enable_grad` does not lift inference mode"
+    said = f"gradients are off in this call\n  --> {where}"
+    return f"{said}\n  = help: {advice}" if for_good else said
 
 
 def frozen_too(folded: str, where: str | None) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from gradwatch import _frames, _words
 from gradwatch._calls import Kind, Wrapper
 from gradwatch._grouping import Finding
-from gradwatch._nearby import calls_kept, surrounding
+from gradwatch._nearby import calls_kept, surrounding, switch_in_helper
 from gradwatch._source import Statement, wrapping
 from gradwatch.report import Cause, Site
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from gradwatch._stats import Sensor
     from gradwatch._trace import Trace
 
+MODES = ("no_grad", "inference_mode", "set_grad_enabled")
+"""What switches gradients off."""
 _WRAPPED = {
     Wrapper.CUSTOM_FUNCTION: Cause.CUSTOM_FUNCTION,
     Wrapper.REENTRANT_CHECKPOINT: Cause.REENTRANT_CHECKPOINT,
@@ -173,10 +175,18 @@ class Evidence:
         found = Finding(cause, site, op.name)
         switched = None if op.grad_mode else self.switched_at(op)
         if cause is Cause.NO_GRAD and switched and (switched.file, switched.line) != line_of(found):
-            kept = self._kept_meanwhile(op)
-            notes = (_words.kept_meanwhile(kept),) if kept else ()
-            found = replace(found, notes=(_words.switched_off(switched), *notes))
+            kept, helper = self._kept_meanwhile(op), self._helper_of(op)
+            notes = [_words.switched_off(switched)]
+            notes += [_words.switched_by(helper)] if helper else []
+            notes += [_words.kept_meanwhile(kept)] if kept else []
+            found = replace(found, notes=tuple(notes))
         return found
+
+    def _helper_of(self, op: Op) -> Site | None:
+        """Return the line of a helper that makes the context by which gradients were switched off."""
+        switch = self.trace.switch_before(op)
+        found = None if switch is None else switch_in_helper(switch[:2], MODES)
+        return None if found is None else Site(found.file, found.line, source=found.text)
 
     def _kept_meanwhile(self, op: Op) -> Site | None:
         """Return where a value made with gradients off is kept, for functions that run with gradients on to use it."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradwatch import _error_words, _frames, _nearby, _source, _statements, _words
-from gradwatch._evidence import inference_around
+from gradwatch._evidence import MODES, inference_around
 from gradwatch._record import node_of, tensors_in
 from gradwatch.report import Site
 
@@ -105,7 +105,9 @@ class Raised:
         around = inference_around(op) if switch is None else None
         if around is not None:
             return role_of("gradients are off in there", statement(around))
-        return role_of("gradients are off from here on", at(switch))
+        helper = None if switch is None else _nearby.switch_in_helper(switch[:2], MODES)
+        made = None if helper is None else statement(helper)
+        return role_of("gradients are off from here on", listed(made, at(switch)))
 
     def frozen_at(self, names: Iterable[str]) -> str | None:
         """Return where one of some parameters was frozen in this step, and the call that did so."""

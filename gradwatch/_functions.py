@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction
 
 from gradwatch import _error_words, _frames, _nearby, _source, _statements
-from gradwatch._calls import Wrapper
+from gradwatch._calls import Kind, Wrapper
 from gradwatch._failure import (
     Raised,
     at,
@@ -51,6 +51,9 @@ def in_function(kind: str) -> Find:
         for node in (node for passed in raised.inspection.passes for node in passed.nodes):
             if node.custom and node.name == named[1] and node.tag >= 0:
                 return _error_words.note(kind, listed(at(ops[node.tag].place), own))
+        given = [at(op.place) for op in ops if op.kind is Kind.SET_DATA]
+        if own is None and given and kind == "wrong_shape":
+            return _error_words.note("other_data", listed(*given))
         return None if own is None else _error_words.note(kind, own)
 
     return find

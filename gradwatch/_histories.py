@@ -149,12 +149,14 @@ def _told(raised: Raised, told: list[Diagnosis], found: Iterable[Diagnosis]) -> 
 
 def _run_inside(error: Exception) -> str | None:
     """Return the call through which the failing lines ran where gradients are off: a closure in a decorated `step`."""
-    calls = [
-        at(place)
-        for place in users_own(error)[:-1]
-        if any(_nearby.surrounding(place[:2], mode) for mode in _MODES)
-    ]
-    return _error_words.called_inside(calls[0]) if calls and calls[0] else None
+    for place in users_own(error)[:-1]:
+        helper = _nearby.switch_in_helper(place[:2], _MODES)
+        made = None if helper is None else statement(helper)
+        if made or any(_nearby.surrounding(place[:2], mode) for mode in _MODES):
+            where = listed(made, at(place))
+            for_good = _nearby.surrounding(place[:2], _MODES[1]) or (made and _MODES[1] in made)
+            return where and _error_words.called_inside(where, for_good=bool(for_good))
+    return None
 
 
 def _computed_off(raised: Raised, told: list[Diagnosis]) -> str | None:
@@ -380,6 +382,9 @@ def _shared(trace: Trace, earlier: Backward, later: Backward) -> tuple[str | Non
         return (role_of("computed once, used by both", once),)
     if not roots.isdisjoint(last.outputs):
         return (_used_again(trace, last, second),)
+    foreign = _from_another_leaf(trace, common)
+    if foreign is not None:
+        return foreign, role_of("computed once, used by both", at(last.place))
     call = role_of("in this call", at(trace.call_around(last)))
     taken = _reader(trace, last, first - second)
     if taken is None or taken.place is None:
@@ -409,6 +414,20 @@ def _shared(trace: Trace, earlier: Backward, later: Backward) -> tuple[str | Non
         role_of("goes on from here, used up", out),
         role_of("goes into the later one here", here),
     )
+
+
+def _from_another_leaf(trace: Trace, common: set[int]) -> str | None:
+    """Return where a tensor that requires grad, and is no parameter, goes into what several losses share.
+
+    Where no parameter is behind that, nothing is to be trained through it.
+    """
+    ops = [op for op in trace.ops if not common.isdisjoint(op.outputs)]
+    values = trace.values
+    if any(values[number].parameter is not None for op in ops for number in op.inputs):
+        return None
+    first = next((op for op in ops if op.inputs and common.isdisjoint(op.inputs)), None)
+    into = None if first is None else at(first.place)
+    return role_of("a tensor that requires grad goes in here, and no parameter", into)
 
 
 def _handed_out(made: _frames.Place, earlier: _frames.Place, again: Op | None) -> str | None:

@@ -134,9 +134,13 @@ def _kept_in(
                     return listed(lost, story), kept_as
     for cls, attribute in () if tensor is None else _holders_of(tensor):
         statements = _statements.keepings(cls, attribute)
-        if statements and not _nearby.keeps_argument(statements[0]):  # else it is a record
-            filled = [] if read is None else _nearby.fillings(read[:2])
-            return _story([*filled, *statements], made, read), f" (`{cls.__name__}.{attribute}`)"
+        method = _nearby.keeps_argument(statements[0]) if statements else None
+        is_record = method is not None and method.name == "__init__"
+        if statements and not is_record:
+            giver = _nearby.handed_in(statements[0])
+            story = _story(statements, made, read)
+            given = None if giver is None else statement(giver)
+            return listed(given, story), f" (`{cls.__name__}.{attribute}`)"
     # What a decorator keeps is in no attribute.
     around = [] if made is None else _nearby.keeping_decorators(made.file, made.line)
     around = around or ([] if made is None else _nearby.stored_after(made.file, made.line))

@@ -17,6 +17,7 @@ from gradwatch._source import (
     Step,
     called,
     class_nodes,
+    definitions,
     expression,
     file_of,
     flat_targets,
@@ -471,6 +472,25 @@ def surrounding(step: Step, name: str) -> Statement | None:
     return statements[0] if statements else None
 
 
+def switch_in_helper(step: Step, names: Collection[str]) -> Statement | None:
+    """Return what switches gradients off in a helper that makes the context of a ``with`` around an expression."""
+    inside, wanted, module = function(step[0]), span(step), tree(step[0].co_filename)
+    if inside is None or wanted is None:
+        return None
+    blocks = [n for n in own_nodes(inside) if isinstance(n, (ast.With, ast.AsyncWith))]
+    helpers = [
+        helper
+        for block in blocks
+        if block.lineno <= wanted[0] <= (block.end_lineno or block.lineno)
+        for item in block.items
+        if isinstance(item.context_expr, ast.Call)
+        for helper in definitions(module).get(called(item.context_expr), ())
+    ]
+    nodes = [node for helper in helpers for node in own_nodes(helper)]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and called(node) in names]
+    return statements_of(step[0].co_filename, calls)[0] if calls else None
+
+
 def returned(code: CodeType, index: int | None) -> list[Statement]:
     """Return the last ``return`` of a function that returns something, and where the value at an index is computed."""
     inside = function(code)
@@ -617,10 +637,13 @@ def keeps_argument(found: Statement) -> ast.FunctionDef | ast.AsyncFunctionDef |
     if not around:
         return None
     inside = around[-1]
-    kept = [n for n in own_nodes(inside) if isinstance(n, ast.Assign) and n.lineno == found.line]
+    nodes = [n for n in own_nodes(inside) if getattr(n, "lineno", 0) == found.line]
+    kept = [n for n in nodes if isinstance(n, ast.Assign)]
     values = [
         v for n in kept for v in (n.value.elts if isinstance(n.value, ast.Tuple) else [n.value])
     ]
+    filling = [n for n in nodes if isinstance(n, ast.Call) and called(n) in FILLERS]
+    values += [argument for call in filling for argument in call.args]
     given = {argument.arg for argument in inside.args.args[1:]}
     all_given = all(isinstance(v, ast.Name) and v.id in given for v in values)
     return inside if values and all_given else None

@@ -353,7 +353,8 @@ class Numbering(Record):
 
     def _append(self, func: Any, kind: Kind, inputs: tuple[int, ...], place: Place | None) -> Op:
         module = self._running[-1][0] if self._running else ""
-        grad_mode = torch.is_grad_enabled()
+        # Inside of inference mode `enable_grad` switches on what is of no use.
+        grad_mode = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         op = Op(len(self.ops), func, kind, inputs, place, module, grad_mode)
         self.ops.append(op)
         return op

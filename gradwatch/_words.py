@@ -346,6 +346,11 @@ def switched_off(site: Site) -> str:
     return f"gradient mode was switched off at {place(site)}"
 
 
+def switched_by(site: Site) -> str:
+    """Say where a helper makes the context that switches gradient mode off."""
+    return f"the context is made at {place(site)}"
+
+
 def kept_meanwhile(site: Site) -> str:
     """Say where a value without a history is kept, which is used later where gradients are on."""
     return f"what was computed there is kept for later use at {place(site)}"

@@ -1739,6 +1739,17 @@ class LoadedOfAFilteredMapping(LoadedIntoAnother):
         return self.head(enc(x)).mean()
 
 
+class LoadedInPart(LoadedIntoAnother):
+    """Of a pruned layer some rows are loaded into a smaller one: what detached them is not to blame."""
+
+    def forward(self, x):
+        rows = torch.tensor([0, 2, 1])
+        weight, bias = self.enc.weight.detach(), self.enc.bias.detach()
+        enc = nn.Linear(3, 3)
+        enc.load_state_dict({"weight": weight[rows], "bias": bias[rows]})  # <- here
+        return self.head(enc(x)).mean()
+
+
 class StackedInInit(Case):
     """The values of a submodule are taken by the module around it, before the pass."""
 

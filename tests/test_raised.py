@@ -779,6 +779,183 @@ class CachedByAnEvaluation(Net):
         return self.states(x).mean()
 
 
+class Features:
+    """What hooks collect, in an object that is no module."""
+
+    def __init__(self, layer):
+        self.maps: dict[str, list[Any]] = {"enc": []}
+        layer.register_forward_hook(self.hook("enc"))
+
+    def hook(self, name):
+        def collect(_, __, output):
+            self.maps[name].append(output)  # <- here
+
+        return collect
+
+    def all(self):
+        return [one for maps in self.maps.values() for one in maps]
+
+
+def spread(one, many):
+    return (one - many).pow(2).mean()
+
+
+class CollectedByAnObject(Net):
+    words = "Trying to backward through the graph a second time"
+    advice = "(`Features.maps`)"
+    steps = 2
+    guilty = Features
+
+    def __init__(self):
+        super().__init__()
+        self.helpers = {"features": Features(self.enc)}
+        self.register_buffer("norm", torch.ones(3))
+
+    def forward(self, x):
+        out = self.head(torch.sigmoid(self.enc(x))).mean()
+        return out + sum(spread(one, self.norm) for one in self.helpers["features"].all())
+
+
+class Pool:
+    """Takes what it is handed, and nothing else."""
+
+    def __init__(self):
+        self.items = []
+
+    def push(self, item):
+        self.items.append(item)
+
+
+class HandedToAPool(Net):
+    words = "Trying to backward through the graph a second time"
+    advice = "(`Pool.items`)"
+    steps = 2
+
+    def __init__(self):
+        super().__init__()
+        self.wrapped = [[Pool()]]
+
+    def run(self, x):
+        pool = self.wrapped[0][0]
+        chances = self.head(self.enc(x)).sigmoid()
+        pool.push(chances.mean())  # <- here
+        sum(one * 2 for one in pool.items).backward()
+
+
+class ProposalThatRequiresGrad(Net):
+    words = "Trying to backward through the graph a second time"
+    advice = "a tensor that requires grad goes in here, and no parameter"
+
+    def run(self, x):
+        found = torch.full((1, 3), 0.4, requires_grad=True)
+        points = torch.cat([x, found])  # <- here
+        values = torch.sin(points).sum(1)
+        for _ in range(2):
+            (self.head(torch.tanh(self.enc(points.detach())))[:, 0] * values).sum().backward()
+
+
+class JacobianInsideVmap(Net):
+    words = "inside of a function being transformed"
+    advice = "use `torch.func`"
+
+    def slopes(self, x):
+        return torch.autograd.functional.jacobian(self.enc, x).sum()  # <- here
+
+    def forward(self, x):
+        return torch.vmap(self.slopes)(x).mean()
+
+
+class InferenceInAHelper(Net):
+    words = "does not require grad and does not have a grad_fn"
+    advice = "`enable_grad` does not lift inference mode"
+
+    @contextlib.contextmanager
+    def evaluation(self):
+        with torch.inference_mode():  # <- here
+            yield
+
+    @torch.enable_grad()
+    def probe(self, h):
+        self.head(h).mean().backward()
+
+    def run(self, x):
+        with self.evaluation():
+            self.probe(self.enc(x))
+
+
+class ContextOfAHelper(Net):
+    words = "does not require grad and does not have a grad_fn"
+    advice = "the context is made at"
+
+    def context(self):
+        return torch.no_grad() if self.training else contextlib.nullcontext()  # <- here
+
+    def forward(self, x):
+        h = self.enc(x)
+        with self.context():
+            return self.head(h).mean()
+
+
+class ResultDeclaredTrainable(Net):
+    words = "a view of a leaf Variable that requires grad"
+    advice = "make it without `requires_grad=True`"
+
+    def empty(self, x):
+        return torch.zeros(*x.shape, requires_grad=True)  # <- here
+
+    def forward(self, x):
+        out = self.empty(x)
+        for row, h in enumerate(self.enc(x)):
+            out[row] = h
+        return self.head(out).mean()
+
+
+class PlusItsOwnTranspose(Net):
+    words = "refer to a single memory location"
+    advice = "`.clone()` what is read"
+
+    def forward(self, x):
+        h = self.enc(x)[:3].clone()
+        h += h.t()  # <- here
+        return self.head(h).mean()
+
+
+class AttackThroughNumpy(Net):
+    words = "appears to not have been used in the graph"
+    advice = "its values leave the graph here"
+
+    def simulated(self, x):
+        return torch.from_numpy(np.cos(x.detach().numpy()))  # <- here
+
+    def run(self, x):
+        x = x.clone().requires_grad_()
+        loss = self.head(self.enc(self.simulated(x * 2.0))).mean()
+        torch.autograd.grad(loss, x)
+
+
+class PhaseOfAnEigenvector(Net):
+    words = "so it is ill-defined"
+    advice = "what does not change with the phase"
+
+    def vectors(self):
+        return torch.linalg.eig(self.enc.weight)[1]
+
+    def forward(self, x):
+        harmless = self.vectors().abs().sum()
+        return harmless + self.vectors().real.pow(3).sum()  # <- here
+
+
+class ShortenedThroughData(Net):
+    words = "but expected shape compatible with"
+    advice = "put a new parameter in its place"
+
+    def run(self, x):
+        held = self.head.weight.expand_as(self.head.weight).grad_fn.next_functions[0][0]
+        self.head.weight.data = self.head.weight.data[:, :2]  # <- here
+        F.linear(self.enc(x)[:, :2], self.head.weight).mean().backward()
+        del held
+
+
 class IntoAPreallocatedTensor(Net):
     words = "arguments don't support automatic differentiation"
     advice = "call it without `out=`"
@@ -2452,7 +2629,7 @@ def test_an_error_keeps_its_words_and_names_the_line_and_the_way_out(case):
         steps(case)
 
     (note,) = caught.value.__notes__
-    assert f"test_raised.py:{guilty_line(case)}" in note
+    assert f"test_raised.py:{guilty_line(getattr(case, 'guilty', case))}" in note
     assert case.advice in note
     assert getattr(case, "switch", "") in note
 
