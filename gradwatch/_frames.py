@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import linecache
 import os
+import signal
 import sysconfig
 from dataclasses import replace
 from enum import Enum, auto
@@ -23,6 +24,25 @@ from gradwatch.report import Site
 
 if TYPE_CHECKING:
     from types import CodeType, FrameType
+
+
+def is_of_a_signal(error: BaseException) -> bool:
+    """Tell whether a handler of the user's for a signal has raised an error, which it may do anywhere in our code."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {_code_of(handler) for handler in handlers if callable(handler)} - {None}
+    entry = error.__traceback__
+    while entry is not None:
+        if entry.tb_frame.f_code in codes:
+            return True
+        entry = entry.tb_next
+    return False
+
+
+def _code_of(handler: Any) -> CodeType | None:
+    handler = getattr(handler, "func", handler)  # a `partial`
+    handler = getattr(handler, "__func__", handler)
+    found: CodeType | None = getattr(handler, "__code__", None)
+    return found or getattr(type(handler).__call__, "__code__", None)
 
 
 class Owner(Enum):

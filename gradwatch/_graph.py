@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from gradwatch._frames import is_of_a_signal
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
@@ -497,7 +499,13 @@ def _observe(  # noqa: PLR0917 -- called for every node, and keywords cost
         if missing and any(gradient is not None for gradient in grad_outputs):
             passed.withheld[number] = missing
     except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
-        passed.broken = error
+        _note_broken(passed, error)
+
+
+def _note_broken(passed: Passed, error: Exception) -> None:
+    passed.broken = error
+    if is_of_a_signal(error):
+        raise error
 
 
 def _is_simple(node: Node, passed: Passed) -> bool:
@@ -530,7 +538,7 @@ def _observe_both(  # noqa: PLR0917 -- as above
         if is_bad:
             passed.totals[number] = _largest(grad_outputs)
     except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
-        passed.broken = error
+        _note_broken(passed, error)
 
 
 def _note_came(

@@ -165,7 +165,7 @@ class Judgement:
         elif self._group is not None:
             self._unshared += found
         self._ledger.add(found)
-        self._plan(facts)
+        self._plan(facts, now)
         alerts += self._terms.alerts(now.step)
         tells = bool(now.logged or alerts or healed or found)
         if not (tells or now.inspection is not None):
@@ -381,14 +381,15 @@ class Judgement:
         entry = self.rules.contract_for(name)
         return entry is None or entry.gradient == "required"
 
-    def _plan(self, facts: Facts) -> None:
+    def _plan(self, facts: Facts, now: Moment) -> None:
         """Trace the next step when something is wrong that has no diagnosis yet."""
         if self._learned.doubted:
             self._schedule.want()
             self._learned.doubted = frozenset()
         unexplained = {name: facts.statuses[name] for name in self._unexplained(facts)}
         caught = any(d.cause is Cause.NONFINITE_GRADIENT for d in self._ledger.holding)
-        self._schedule.plan(unexplained, caught=caught)
+        vain = now.inspection is not None and not self._schedule.is_first and not facts.missing
+        self._schedule.plan(unexplained, caught=caught, vain=vain)
 
     # Several processes ----------------------------------------------------------------------------
 

@@ -166,7 +166,7 @@ class Owners:
 
     def __init__(self, names: Names, optimizers: Sequence[Any], *, complete: bool = True) -> None:
         self._optimizers = tuple(optimizers)
-        self._size = self.size()
+        self._lists = self._held_lists()
         by_id = {id(parameter): name for name, parameter in names.parameters.items()}
         owned: list[set[str]] = [
             {
@@ -211,13 +211,14 @@ class Owners:
         is_flat = sum(p.numel() for p in held) == sum(math.prod(shape_of(p)) for p in mine)
         return not is_flat and not {*map(shape_of, held)}.issuperset(map(shape_of, mine))
 
-    def size(self) -> int:
-        """Return how many tensors the optimizers hold: it changes when groups are added."""
-        return sum(len(group["params"]) for o in self._optimizers for group in o.param_groups)
+    def _held_lists(self) -> list[tuple[int, int]]:
+        """Return which lists the optimizers hold, and their lengths: they change when groups are added, or swapped."""
+        groups = [group["params"] for o in self._optimizers for group in o.param_groups]
+        return [(id(held), len(held)) for held in groups]
 
     def changed(self) -> bool:
         """Tell whether the optimizers hold other tensors than when this was made."""
-        return self.size() != self._size
+        return self._held_lists() != self._lists
 
     def holds(self, optimizer: Any) -> bool:
         """Tell whether an optimizer is one of these."""

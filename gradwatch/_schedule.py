@@ -41,6 +41,10 @@ class Schedule:
         self._sought: set[str] = set()
         """Parameters for whose sake the next step is traced."""
         self._missed = 0
+        self._vain = 0
+        """Traced steps, since something was found, in which what was sought was not to be seen."""
+        self._in_row = 0
+        """Steps that are still traced in a row, as what is sought comes and goes."""
         self._micro_batches = 0
 
     @property
@@ -80,12 +84,13 @@ class Schedule:
         """Trace the next step, to see who gets no gradient and why."""
         self._wants_missing = self._automatic
 
-    def plan(self, unexplained: Mapping[str, Status], *, caught: bool) -> None:
+    def plan(self, unexplained: Mapping[str, Status], *, caught: bool, vain: bool = False) -> None:
         """Trace the next step when something is wrong that has no diagnosis yet.
 
         Args:
             unexplained: The parameters that it is about.
             caught: Whether the origin of a gradient that is not finite is known.
+            vain: Whether this step was traced for a gradient that was missing before, and all were there.
         """
         if not self._automatic:
             return
@@ -94,9 +99,14 @@ class Schedule:
             if status is Status.NONFINITE:
                 self.hunting = MAX_HUNT
             if status is Status.MISSING:
-                self._wants_missing = True
+                self._wants_missing, self._in_row = True, min(self._vain, MAX_HUNT)
             else:
                 self._wants_sizes = True
+        if vain:
+            self._vain += 1
+            # What is missing in every second step is not in the one after: more are traced when it comes again.
+            self._wants_missing = self._wants_missing or self._in_row > 0
+            self._in_row -= self._in_row > 0
         if caught:
             self.hunting = 0
         elif self.hunting:

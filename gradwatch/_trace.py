@@ -250,6 +250,8 @@ class Trace(Numbering):
         """Stop recording for good because of a failure of our own."""
         self.recording = False
         self.broken = error
+        if _frames.is_of_a_signal(error):
+            raise error
         _log.warning("this step could not be traced to its end", exc_info=error)
 
     # Modules and optimizers ---------------------------------------------------------------------

@@ -9,12 +9,15 @@ Limits: that a parameter was replaced is seen where the one that is watched gets
 
 from __future__ import annotations
 
+import gc
 from itertools import compress, islice
 from operator import attrgetter, not_
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from gradwatch._grouping import not_registered
-from gradwatch._names import Owners, names_of, parameter_at
+from gradwatch._names import Owners, innermost, names_of, parameter_at
 from gradwatch._stats import Sensor
 
 if TYPE_CHECKING:
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 _LOOKS = 20
 """Parameters without a gradient of which it is looked at a time whether they are still the model's."""
+_PATIENCE = 10
+"""Batches in which an optimizer that nobody named has to step."""
 _wants = attrgetter("requires_grad")
 
 
@@ -63,6 +68,13 @@ class Watched:
         self._absent: list[str] = []
         """Names of those that had no gradient when it was looked whether they are still the model's."""
         self._look()
+        self.outside = self._made_elsewhere()
+        """Optimizers that nobody named, and that hold parameters which no other one has."""
+        self._idle = self.outside
+        self._left = _PATIENCE
+        if self.outside:
+            self.optimizers = (*optimizers, *self.outside)
+            self._look()
         self.sensor = self._new_sensor()
 
     def look(self, *, midway: bool = False) -> None:
@@ -81,6 +93,33 @@ class Watched:
     def _look(self) -> None:
         self.names = names_of(self._model).where(self._holds)
         self.owners = Owners(self.names, self.optimizers, complete=self._complete)
+
+    def _made_elsewhere(self) -> tuple[Any, ...]:
+        """Return the optimizers of the user's, wherever they are, that hold what no named one does.
+
+        A callback trains a probe with an optimizer of its own, say. Other processes might find them in another order.
+        """
+        orphans = {id(self.names.parameters[name]) for name in self.owners.orphans}
+        if len(orphans) in {0, len(self.names.parameters)} or self._group is not None:
+            return ()  # where the named ones hold nothing of the model, they are the wrong ones
+        kinds = (o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer))
+        found = {id(o): o for o in map(innermost, kinds) if hasattr(o, "param_groups")}
+        return tuple(o for o in found.values() if not orphans.isdisjoint(_tensors_of(o)))
+
+    def note_step(self, optimizer: Any) -> None:
+        """Note that an optimizer steps: one that nobody named is in use."""
+        if self._idle:
+            self._idle = tuple(o for o in self._idle if o is not optimizer)
+
+    def end_batch(self) -> None:
+        """Forget an optimizer that nobody named, and that does not step: it was left over."""
+        self._left -= 1
+        if self._idle and self._left <= 0:
+            self.optimizers = tuple(o for o in self.optimizers if o not in self._idle)
+            self.outside = tuple(o for o in self.outside if o not in self._idle)
+            self._idle = ()
+            self.knows_orphans = False
+            self.look()
 
     def _new_sensor(self) -> Sensor:
         return Sensor(self.names.parameters, each=self._group is not None)
@@ -104,9 +143,17 @@ class Watched:
         names = self.names.parameters.items()
         if any(name in written for name, p in names if id(p) in held):
             return False
-        self.optimizers = (*self.optimizers, optimizer)
+        self.optimizers = self._with(optimizer, held)
         self.look(midway=True)
         return True
+
+    def _with(self, optimizer: Any, held: set[int]) -> tuple[Any, ...]:
+        """Return the optimizers with a new one, in the place of the one that it was made instead of."""
+        ours = {id(parameter) for parameter in self.names.parameters.values()}
+        former = [o for o in self.optimizers if (mine := _tensors_of(o) & ours) and mine <= held]
+        if len(former) != 1:
+            return (*self.optimizers, optimizer)
+        return tuple(optimizer if o is former[0] else o for o in self.optimizers)
 
     def absent(self, gradients: Sequence[Tensor | None] | None = None) -> list[str]:
         """Return the names of those that have no gradient, after a look whether they are still the model's.

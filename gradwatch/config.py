@@ -254,12 +254,13 @@ def load_config(source: Config | Mapping[str, Any] | str | os.PathLike[str] | No
         return _checked(data, _Source())
     if isinstance(source, str) and source.lstrip().startswith("{"):
         return _parsed("<text>", source)
-    try:
+    path: Any = source
+    with suppress(TypeError):
         path = os.fspath(source)
-    except TypeError:
+    if not isinstance(path, str):
         found = type(source).__name__
         mistake = _Mistake(f"a configuration is a path or a mapping, found `{found}`")
-        raise ConfigError(str(mistake)) from None
+        raise ConfigError(str(mistake))
     return _parsed(path, _read(path))
 
 

@@ -113,7 +113,7 @@ class GradWatch(_Bases):
 
     Raises:
         ConfigError: The configuration cannot be used; the message shows every mistake with its place.
-        TypeError: A sink has no ``write`` or no ``close``.
+        TypeError: A sink has no ``write`` or no ``close``, or the name is no string.
 
     Cost:
         On a step that is not logged, two passes over ``.grad``: no kernel, no synchronization. On a
@@ -138,6 +138,10 @@ class GradWatch(_Bases):
         self.config = load_config(config).with_overrides(
             every_n_steps=every_n_steps, for_steps=for_steps, action=action
         )
+        given: Any = name
+        if not isinstance(given, (str, type(None))):
+            found = type(given).__name__
+            raise TypeError(f"`GradWatch(name=...)`: expected a string, found `{found}`")
         self._name = name
         self._given_sinks = as_sinks(sinks)
         self._state: Mapping[str, Any] = {}

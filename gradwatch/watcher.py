@@ -28,6 +28,7 @@ from gradwatch import _words, explain
 from gradwatch._cost import Cost
 from gradwatch._diagnose import Inspection
 from gradwatch._distributed import Group, is_flattened
+from gradwatch._frames import is_of_a_signal
 from gradwatch._judgement import Judgement, Moment
 from gradwatch._ledger import Ledger
 from gradwatch._names import checked, innermost, is_compiled, names_of
@@ -330,6 +331,9 @@ class Watcher:
 
     @_harmless_hook
     def _before_own_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._last = (
+            None  # what its closure is called for is one step, and this another than the one before
+        )
         if not has_closure(args, kwargs):
             self._judge_own_step(optimizer)
 
@@ -337,6 +341,12 @@ class Watcher:
     def _after_own_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if has_closure(args, kwargs):
             self._judge_own_step(optimizer)
+
+    @_harmless_hook
+    def _note_outside_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        del args, kwargs
+        if not self._off:
+            self._watched.note_step(optimizer)
 
     def _judge_own_step(self, optimizer: Any) -> None:
         """Judge a step that the trainer was not asked for, as of a raw optimizer: no adapter has told of it."""
@@ -502,7 +512,7 @@ class Watcher:
             # Right before the step, or inside of it, where Lightning runs forward and backward as a closure.
             for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook):
                 self._plain.callback(register(self._after_hooks).remove)
-        elif by_hand:
+        if by_hand:
             before = register_optimizer_step_pre_hook(self._before_own_step)
             after = register_optimizer_step_post_hook(self._after_own_step)
             self._plain.callback(before.remove)
@@ -520,6 +530,9 @@ class Watcher:
         self._watched = Watched(
             self._model, self._optimizers, holds=self.config.watch.holds, group=self._group
         )
+        if self._watched.outside and not by_hand and tells:
+            hook = register_optimizer_step_pre_hook(self._note_outside_step)
+            self._plain.callback(hook.remove)
         parameters = self._watched.names.parameters
         self._compiled = compiled or is_compiled(self._model)
         if self._compiled:
@@ -580,8 +593,8 @@ class Watcher:
             self._watched.look()
             if self._compiled and not self._schedule.traces:
                 _log.warning(
-                    "the model is compiled, and is run without compilation for this step, to find "
-                    "the cause of what is wrong; `trace: never` in the configuration prevents it"
+                    "the model is compiled, and is run without compilation for this step, to find the cause of "
+                    "what is wrong: it rounds otherwise, and draws other random numbers; `trace: never` in the configuration prevents it"
                 )
             names = self._watched.names
             self._inspection = Inspection(
@@ -655,13 +668,18 @@ class Watcher:
         watched = self._watched
         if watched.owners.changed():
             watched.look(midway=True)
+        if optimizer is not None:
+            watched.takes(optimizer, self._written)
+            watched.note_step(optimizer)
         covered = watched.owners.covered(optimizer)
         if step is not None:
             again, self._last = self._last == (step, id(optimizer)), (step, id(optimizer))
             if again:  # LBFGS evaluates its closure many times within one step
                 watched.sensor.restart(covered)
                 return
-            self._steps = step
+            self._steps = max(
+                step, self._steps
+            )  # steps outside of `training_step` are not counted by Lightning
         judged = self._judgement.of(covered, optimizer, self._now)
         chosen = watched.owners.chosen(optimizer)
         if seen:
@@ -743,6 +761,7 @@ class Watcher:
             self._backwards = 0
             self._batches += 1
             self._outlet.flush()
+            self._watched.end_batch()
             if logged:
                 self._keep_budget()
 
@@ -807,7 +826,7 @@ class Watcher:
         told = watched.optimizers if self._steps and self._writes else ()
         for place, optimizer in enumerate(told):
             names = [name for name in watched.owners.owned(optimizer) if name not in moved]
-            if place not in self._moved and names:
+            if place not in self._moved and names and optimizer not in watched.outside:
                 folded = explain.fold(names, tuple(watched.names.parameters))
                 _log.warning(_words.never_stepped(place, folded))
 
@@ -873,6 +892,8 @@ class Watcher:
             self._inspection.trace.recording = False
         if not self._in_hook:  # torch walks over its hooks now, and none may be taken away
             self._end()
+        if is_of_a_signal(error):
+            raise error
         _log.warning(_words.SWITCHED_OFF, exc_info=error)
 
 

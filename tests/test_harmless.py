@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import logging
 import random
+import signal
 import sys
 import warnings
 import weakref
 from collections import Counter
 from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,13 +180,13 @@ def loader(count: int) -> DataLoader[Tensor]:
     return DataLoader(batches(count), batch_size=None, shuffle=False)  # type: ignore[arg-type]
 
 
-@cache
+@functools.cache
 def plain_alone() -> Outcome:
     """Return what a plain loop without a watcher ends with."""
     return plain(watched=False)
 
 
-@cache
+@functools.cache
 def lightning_alone() -> Outcome:
     """Return what a fit without a callback ends with."""
     return in_lightning()
@@ -330,12 +331,17 @@ class BoomError(Exception):
     """A failure inside of GradWatch."""
 
 
+def _boom() -> None:
+    raise BoomError("injected")
+
+
 class Once:
     """Raise in the first call, and do what the original does in later ones."""
 
     def __init__(self, original: Callable[..., Any]) -> None:
         self.original = original
         self.raised = False
+        self.fail: Callable[[], None] = _boom
 
     def __get__(self, instance: Any, owner: Any) -> Callable[..., Any]:
         return lambda *args, **kwargs: self(instance, *args, **kwargs)
@@ -343,7 +349,7 @@ class Once:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.raised:
             self.raised = True
-            raise BoomError("injected")
+            self.fail()
         return self.original(*args, **kwargs)
 
 
@@ -385,7 +391,9 @@ FAULTS = [
 ]
 
 
-def inject(monkeypatch: pytest.MonkeyPatch, target: str) -> Once:
+def inject(
+    monkeypatch: pytest.MonkeyPatch, target: str, fail: Callable[[], None] | None = None
+) -> Once:
     """Make the named function fail in its first call."""
     path, _, name = target.rpartition(".")
     home: Any
@@ -395,6 +403,7 @@ def inject(monkeypatch: pytest.MonkeyPatch, target: str) -> Once:
         module, _, owner = path.rpartition(".")
         home = getattr(importlib.import_module(module), owner)
     fault = Once(getattr(home, name))
+    fault.fail = fail or fault.fail
     monkeypatch.setattr(home, name, fault)
     return fault
 
@@ -406,6 +415,51 @@ def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[int, type[BaseExcepti
         for record in caplog.records
         if record.name == "gradwatch"
     ]
+
+
+class TimeoutOfTheUsersError(Exception):
+    """What the user's own handler for a signal raises."""
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "gradwatch._explanation.follow",
+        "gradwatch._stats.Sensor.before",
+        "gradwatch._trace.Trace._finish_simple",
+        "gradwatch._graph._observe",
+        "gradwatch.sinks.console.ConsoleSink.write",
+    ],
+)
+@pytest.mark.parametrize("kind", ["function", "method", "object", "partial"])
+def test_what_a_handler_for_a_signal_raises_comes_through(
+    target: str, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """An error of the user's that happens to be raised inside of GradWatch is the user's still."""
+
+    class Handler:
+        def __call__(self, *arguments: Any) -> None:
+            raise TimeoutOfTheUsersError
+
+        method = __call__
+
+    def handler(*_: Any) -> None:
+        raise TimeoutOfTheUsersError
+
+    handlers: dict[str, Any] = {
+        "function": handler,
+        "method": Handler().method,
+        "object": Handler(),
+        "partial": functools.partial(handler, 1),
+    }
+    inject(monkeypatch, target, lambda: signal.raise_signal(signal.SIGUSR1))
+    known = signal.signal(signal.SIGUSR1, handlers[kind])
+    try:
+        with pytest.raises(TimeoutOfTheUsersError):
+            in_lightning(GradWatch(every_n_steps=1))
+    finally:
+        signal.signal(signal.SIGUSR1, known)
+    assert logged(caplog) == []
 
 
 @pytest.mark.parametrize("target", FAULTS)

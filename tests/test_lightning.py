@@ -434,6 +434,144 @@ def test_raw_backwards_accumulate_over_batches(pl: Any):
     assert found(callback) == [(Cause.UNUSED, (a("never"),))]
 
 
+class StepsInAHook(Net):
+    """Manual optimization whose optimizer steps after `training_step`, where Lightning does not count it."""
+
+    def __init__(self, *names: str, **options: Any) -> None:
+        super().__init__(*names, **options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        this: Any = self
+        names = [name for name in self.branches if name != "late" or batch_idx < 2]
+        this.manual_backward(self.out(*names))
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        this: Any = self
+        this.optimizers().step()
+        this.optimizers().zero_grad()
+
+
+def test_steps_in_a_hook_are_judged_each(pl: Any):
+    """Each step of an optimizer after `training_step` is one of its own, with a number of its own."""
+    sink = MemorySink()
+    callback = GradWatch(for_steps=3, every_n_steps=1, sinks=[sink])
+    fit(pl, made(pl, StepsInAHook, "always", "late"), callback, batches=6)
+
+    late = [report.statuses[a("late")] for report in sink.reports]
+    assert [report.step for report in sink.reports] == list(range(6))
+    assert late == [OK, OK, MISSING, MISSING, MISSING, MISSING]
+    assert alerts(sink) == [(4, "disconnected", (a("late"),))]
+    assert found(callback) == [(Cause.UNUSED, (a("late"),))]
+
+
+# ---- optimizers that the Trainer was not given, or not at first
+
+
+def probing(pl: Any, *, trains: bool) -> Any:
+    """Return a callback that keeps a probe on the model, with an optimizer of its own."""
+
+    class Probe(pl.Callback):  # type: ignore[misc]
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            pl_module.probe = nn.Linear(2, 1, bias=False)
+            self.optimizer = torch.optim.SGD(pl_module.probe.parameters(), 0.1)
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *arguments: Any) -> None:
+            if trains:
+                pl_module.probe(torch.ones(1, 2)).sum().backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+
+    return Probe()
+
+
+def test_a_callback_that_trains_a_layer_itself_is_no_fault(pl: Any):
+    """Parameters that an optimizer outside of the Trainer steps are not said to be left out, or missing."""
+    sink = MemorySink()
+    callback = GradWatch(for_steps=1, every_n_steps=1, action="abort", sinks=[sink])
+    model = made(pl, Net, "only")
+    trainer_of(pl, callback, callbacks=[callback, probing(pl, trains=True)]).fit(model, data(12))
+
+    assert [report.statuses for report in sink.reports] == [{a("only"): OK}] * 12
+    assert callback.diagnoses == ()
+
+
+def test_an_optimizer_left_over_from_elsewhere_does_not_count(pl: Any):
+    """Parameters that are only in an optimizer which does not step are in none, ten batches later."""
+    callback = GradWatch(PATIENT, every_n_steps=1)
+    model = made(pl, Net, "only")
+    trainer_of(pl, callback, callbacks=[callback, probing(pl, trains=False)]).fit(model, data(16))
+
+    assert [(d.cause, d.parameters, d.step) for d in callback.diagnoses] == [
+        (Cause.NOT_IN_OPTIMIZER, ("probe.weight",), 10)
+    ]
+
+
+class Rebuilt(Net):
+    """From the third batch on other optimizers step, also for a branch that is new."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        this: Any = self
+        if batch_idx == 1:
+            self.branches["new"] = nn.Linear(2, 1, bias=False)
+            this.trainer.strategy.setup_optimizers(this.trainer)
+        new = self.branches["new"](batch).sum() if "new" in self.branches else 0
+        return self.out("only") + (new.detach() if self.options.get("sick") and batch_idx else new)
+
+
+@pytest.mark.parametrize("sick", [False, True])
+def test_optimizers_made_anew_midway_are_taken_up(pl: Any, *, sick: bool):
+    """A new optimizer takes the place of the old one, and what it holds besides is watched."""
+    sink = MemorySink()
+    callback = GradWatch(for_steps=3, every_n_steps=1, sinks=[sink])
+    fit(pl, made(pl, Rebuilt, "only", sick=sick), callback, batches=8)
+
+    new = MISSING if sick else OK
+    assert sink.reports[-1].statuses == {a("only"): OK, a("new"): new}
+    assert {report.optimizer for report in sink.reports} == {0}
+    assert found(callback) == ([(Cause.DETACHED, (a("new"),))] if sick else [])
+
+
+class Swapped(Net):
+    """In the third batch one branch takes the place of the other in the optimizer's only group."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        this: Any = self
+        if batch_idx == 2:
+            this.branches["left"].requires_grad_(False)
+            this.branches["right"].requires_grad_(True)
+            group = this.trainer.optimizers[0].param_groups[0]
+            group["params"] = [*this.branches["right"].parameters()]
+        return self.out("left" if batch_idx < 2 else "right")
+
+
+def test_groups_written_anew_are_noticed(pl: Any):
+    """Another list of as many parameters in a group is no parameter without an optimizer."""
+    callback = GradWatch(every_n_steps=1)
+    model = made(pl, Swapped, "left", "right")
+    model.branches["right"].requires_grad_(False)
+    fit(pl, model, callback, batches=6)
+
+    assert callback.report.statuses == {a("left"): FROZEN, a("right"): OK}
+    assert callback.diagnoses == ()
+
+
+class Sometimes(Net):
+    """One branch is cut off in every second batch."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        left = self.branches["left"](batch).sum()
+        return self.out("right") + (left.detach() if batch_idx % 2 else left)
+
+
+def test_what_is_missing_in_every_second_step_is_diagnosed(pl: Any):
+    """A gradient that is there in each step after one without it gets a cause all the same."""
+    callback = GradWatch(PATIENT, every_n_steps=50)
+    fit(pl, made(pl, Sometimes, "left", "right"), callback, batches=12)
+
+    assert found(callback) == [(Cause.DETACHED, (a("left"),))]
+
+
 # ---- Trainers
 
 
@@ -531,6 +669,13 @@ def test_two_callbacks_share_a_logger(pl: Any, tmp_path: Path):
         assert card
     history = read_history(tmp_path)
     assert history.batches.tolist() == list(range(len(history.batches)))
+
+
+def test_a_name_that_is_no_string_is_refused():
+    """What cannot be the name of anything is said when it is given, and not in the run."""
+    name: Any = 3
+    with pytest.raises(TypeError, match=r"`GradWatch\(name=...\)`: expected a string, found `int`"):
+        GradWatch(name=name)
 
 
 def test_two_callbacks_without_names_are_refused(pl: Any):

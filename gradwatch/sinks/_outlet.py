@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from gradwatch import _words
+from gradwatch._frames import is_of_a_signal
 from gradwatch.sinks.console import ConsoleSink
 
 if TYPE_CHECKING:
@@ -52,14 +53,18 @@ class Outlet:
         for sink in sinks:
             try:
                 sink.close()
-            except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            except Exception as error:
+                if is_of_a_signal(error):  # all others are ours, never the user's problem
+                    raise
                 _log.warning("a sink could not be closed", exc_info=error)
 
     def _tell(self, tell: Callable[[Sink], object]) -> None:
         for sink in tuple(self._sinks):
             try:
                 tell(sink)
-            except Exception as error:  # noqa: BLE001 -- not worth the run, nor the watch
+            except Exception as error:
+                if is_of_a_signal(error):  # all others are not worth the run, nor the watch
+                    raise
                 self._sinks.remove(sink)
                 _log.warning(_words.SINK_FAILED, type(sink).__name__, exc_info=error)
                 with suppress(Exception):
