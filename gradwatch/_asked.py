@@ -295,7 +295,7 @@ def not_in_graph(raised: Raised) -> str | None:
             places = listed(_words.place(cut.site), switch, at(asked.place))
             cutter = cut.operation or str(cut.cause)
             return _error_words.note("cut_before", places, cutter, named)
-    leaving = None if last is None else _leaving(trace, last)
+    leaving = _leaving(trace, unused if last is None else last.outputs)
     unread = in_nearest_file(raised, ignoring_functions)
     ignoring = role_of("reads none of its arguments", listed(*map(statement, unread)))
     places = listed(
@@ -360,11 +360,11 @@ def _last_from(trace: Trace, numbers: Iterable[int]) -> Op | None:
     return last
 
 
-def _leaving(trace: Trace, last: Op) -> Op | None:
-    """Return what takes the result of an operation out of the graph, or out of torch."""
-    out, made = {Kind.SEVER, Kind.EXIT}, set(last.outputs)
-    later = trace.ops[last.index + 1 :]
-    return next((op for op in later if op.kind in out and not made.isdisjoint(op.inputs)), None)
+def _leaving(trace: Trace, numbers: Iterable[int]) -> Op | None:
+    """Return what takes one of some values out of the graph, or out of torch."""
+    out, made = {Kind.SEVER, Kind.EXIT}, set(numbers)
+    readers = (op for op in trace.ops if not made.isdisjoint(op.inputs))
+    return next((op for op in readers if op.kind in out), None)
 
 
 def number_for_a_loss(raised: Raised) -> str | None:
@@ -400,9 +400,11 @@ def no_leaf(raised: Raised) -> str | None:
     given = local_tensor(raised.error, "param")
     node = None if given is None else node_of(given)
     tag = None if node is None else node.metadata.get(raised.trace.tag)
-    if tag is not None:
-        return _error_words.note("no_leaf", at(raised.trace.ops[tag].place))
     last = last_of_user(raised.error)
+    if tag is not None:
+        given_by = [] if last is None else _nearby.made_for(last[:2])
+        places = listed(*map(statement, given_by), at(raised.trace.ops[tag].place))
+        return _error_words.note("no_leaf", places)
     kept = [] if last is None else _nearby.argument_stores(last[:2])[:1]
     made = [s for found in kept for s in _nearby.returned_by(found)]
     places = listed(

@@ -27,6 +27,26 @@ ERRORS = {
         "gradient mode was switched off, and is off still",
         "switch it off with `with torch.no_grad():`, which switches it on again whatever happens",
     ),
+    "twice_in_checkpoint": (
+        "what a reentrant checkpoint runs again goes back into what it uses without being handed it, each time",
+        "pass `use_reentrant=False`, or hand it in as an argument of `checkpoint`",
+    ),
+    "closure_with_scaler": (
+        "a closure is handed to the step of a GradScaler, which takes none",
+        "call `optimizer.step(closure)` itself, with the loss scaled and unscaled inside of the closure, or leave it out",
+    ),
+    "dense_gradient": (
+        "SparseAdam is given a gradient that is not sparse: {1} is used here other than by a look-up",
+        "use only the rows that are looked up, or give it to another optimizer",
+    ),
+    "integer_data": (
+        "a parameter that requires grad is given data of integers here",
+        "keep rounded values in floating point, `x.round()`, or in a buffer beside the parameter",
+    ),
+    "captured_in_place": (
+        "a function that is transformed changes a tensor of the outside in place here",
+        "write `x = x + y` in place of `x += y`, or hand the tensor in and return it",
+    ),
     "functional_in_transform": (
         "`requires_grad_()`, which `torch.autograd.functional` calls too, is of no use inside of `vmap` and the like",
         "use `torch.func`, whose `grad`, `vjp`, `jacrev`, `jacfwd` and `hessian` go together with `vmap`",

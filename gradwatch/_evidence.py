@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from gradwatch import _frames, _words
 from gradwatch._calls import Kind, Wrapper
 from gradwatch._grouping import Finding
-from gradwatch._nearby import calls_kept, surrounding, switch_in_helper
+from gradwatch._nearby import calls_kept, surrounding, switch_in_helper, switched_off_by
 from gradwatch._source import Statement, wrapping
 from gradwatch.report import Cause, Site
 
@@ -178,9 +178,17 @@ class Evidence:
             kept, helper = self._kept_meanwhile(op), self._helper_of(op)
             notes = [_words.switched_off(switched)]
             notes += [_words.switched_by(helper)] if helper else []
+            asked = self._asked_to(op)
+            notes += [_words.asked_to_switch(asked)] if asked else []
             notes += [_words.kept_meanwhile(kept)] if kept else []
             found = replace(found, notes=tuple(notes))
         return found
+
+    def _asked_to(self, op: Op) -> Site | None:
+        """Return the call that asked the function around an operation to switch gradients off."""
+        switch = self.trace.switch_before(op)
+        found = None if switch is None else switched_off_by(switch[:2])
+        return None if found is None else Site(found.file, found.line, source=found.text)
 
     def _helper_of(self, op: Op) -> Site | None:
         """Return the line of a helper that makes the context by which gradients were switched off."""

@@ -14,12 +14,13 @@ import torch
 from torch.autograd.function import BackwardCFunction
 
 from gradwatch import _error_words, _frames, _nearby, _source, _statements, _words, explain
-from gradwatch._calls import Kind
+from gradwatch._calls import Kind, Wrapper
 from gradwatch._failure import (
     Raised,
     at,
     entries,
     history_of,
+    innermost,
     last_of_user,
     listed,
     raising,
@@ -300,6 +301,21 @@ def _in_a_backward(error: Exception) -> str | None:
     return listed(None if made is None else statement(made), at(places[-1]), at(last))
 
 
+def _in_a_checkpoint(raised: Raised) -> str | None:
+    """Return the call of the reentrant checkpoint whose ``backward`` raised, or all such calls of the step."""
+    entry = innermost(raised.error)
+    files = {e.tb_frame.f_code.co_filename for e in entries(raised.error)}
+    if entry is None or not any(file.endswith("checkpoint.py") for file in files):
+        return None
+    ops = raised.trace.ops
+    calls = [op.around or op.place for op in ops if op.around is not None or _is_checkpoint(op)]
+    return listed(*dict.fromkeys(map(at, calls)))
+
+
+def _is_checkpoint(op: Op) -> bool:
+    return op.wrapper is Wrapper.REENTRANT_CHECKPOINT
+
+
 def all_frozen(model: nn.Module, trace: Trace | None = None) -> str:
     """Return what is to be said of a loss without a history when no parameter requires grad."""
     if next(model.parameters(), None) is None:
@@ -329,7 +345,9 @@ def gone_over_twice(raised: Raised) -> str | None:
     """Explain a graph that an earlier backward pass has freed."""
     inner = _in_a_backward(raised.error)
     if inner is not None:
-        return _error_words.note("twice_in_backward", inner)
+        again = _in_a_checkpoint(raised)
+        kind = "twice_in_backward" if again is None else "twice_in_checkpoint"
+        return _error_words.note(kind, again or inner)
     kept = kept_in_step(raised) or carried_over(raised)
     if kept is not None:
         return _error_words.note("kept", *kept)

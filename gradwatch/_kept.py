@@ -21,6 +21,7 @@ from gradwatch._failure import (
     begun_at,
     failing,
     history_of,
+    layer_made_at,
     listed,
     role_of,
     statement,
@@ -131,7 +132,9 @@ def _kept_in(
                     dropped = [statement(s) for s in _statements.dropped(type(module), name)[:1]]
                     lost = role_of("its result is dropped", next(iter(dropped), None))
                     story = _story([*filled, *statements], made, read)
-                    return listed(lost, story), kept_as
+                    library = _frames.owner_of_file(statements[0].file) is not _frames.Owner.USER
+                    layer = layer_made_at(model, module) if library else None
+                    return listed(role_of("the layer is made here", layer), lost, story), kept_as
     for cls, attribute in () if tensor is None else _holders_of(tensor):
         statements = _statements.keepings(cls, attribute)
         method = _nearby.keeps_argument(statements[0]) if statements else None
@@ -154,6 +157,9 @@ def _story(
     """Return where a tensor was kept, where it was made, and where it is used again: what is known of it."""
     same = [s for s in statements if made is not None and s.line == made.line]
     kept = next((statement(s) for s in same or statements), None)
+    if made is None and statements:
+        before = _nearby.assigned_before(statements[0])
+        kept = listed(*map(statement, before[:1]), kept)
     came = None if made is None or same else f"{_words.place(made)} (made here)"
     # What was made before anything was traced was perhaps handed in.
     giver = _nearby.handed_in(statements[0]) if made is None and statements else None

@@ -11,6 +11,8 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING
 
+from gradwatch._bindings import parameters_given
+from gradwatch._shapes import NOWHERE, WHOLE, Shape
 from gradwatch._source import (
     FILLERS,
     Statement,
@@ -272,6 +274,17 @@ def groups_of(step: Step) -> list[Statement]:
     return sorted(found, key=lambda each: each.line)
 
 
+def made_for(step: Step) -> list[Statement]:
+    """Return what assigned the name that a call is given first: `params = [...]` of `Adam(params, lr=lr)`."""
+    home = function(step[0]) or tree(step[0].co_filename)
+    read = None if home is None else expression(step, home)
+    given = read.args[0] if isinstance(read, ast.Call) and read.args else None
+    if home is None or not isinstance(given, ast.Name) or not isinstance(read, ast.Call):
+        return []
+    made = _assigned(given.id, own_nodes(home), read.lineno)
+    return statements_of(step[0].co_filename, made[-1:])
+
+
 def element_of(found: Statement, path: Iterable[str]) -> Statement:
     """Return the line of an element in a call that a statement assigns: `ReLU()` of `Sequential(Linear(1, 1), ReLU())`."""
     module = tree(found.file)
@@ -330,8 +343,10 @@ def assigned_before(found: Statement) -> list[Statement]:
         nodes = list(own_nodes(inside)) if isinstance(inside, ast.FunctionDef) else []
         for node in nodes:
             if isinstance(node, ast.Assign) and node.lineno == found.line:
-                name = last_name(node.value) if isinstance(node.value, ast.Name) else ""
-                return statements_of(found.file, _assigned(name, nodes, found.line)[-1:])
+                values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+                names = [value.id for value in values if isinstance(value, ast.Name)]
+                made = [_assigned(name, nodes, found.line)[-1:] for name in names]
+                return statements_of(found.file, dict.fromkeys(n for each in made for n in each))
     return []
 
 
@@ -489,6 +504,30 @@ def switch_in_helper(step: Step, names: Collection[str]) -> Statement | None:
     nodes = [node for helper in helpers for node in own_nodes(helper)]
     calls = [node for node in nodes if isinstance(node, ast.Call) and called(node) in names]
     return statements_of(step[0].co_filename, calls)[0] if calls else None
+
+
+def switched_off_by(step: Step) -> Statement | None:
+    """Return the only call that asks a function to switch gradients off, by what its `with` is given: `mode=False`."""
+    inside, wanted, module = function(step[0]), span(step), tree(step[0].co_filename)
+    if not isinstance(inside, (ast.FunctionDef, ast.AsyncFunctionDef)) or module is None:
+        return None
+    given = {
+        argument.id
+        for node in own_nodes(inside)
+        if isinstance(node, ast.Call)
+        and called(node) == "set_grad_enabled"
+        and wanted
+        and node.lineno <= wanted[0] <= (node.end_lineno or node.lineno)
+        for argument in node.args[:1]
+        if isinstance(argument, ast.Name)
+    }
+    calls = [n for n in ast.walk(module) if isinstance(n, ast.Call) and called(n) == inside.name]
+    off = [call for call in calls if given & parameters_given(call, inside, _falsehood).keys()]
+    return statements_of(step[0].co_filename, off)[0] if len(off) == 1 else None
+
+
+def _falsehood(value: ast.AST) -> Shape:
+    return WHOLE if isinstance(value, ast.Constant) and value.value is False else NOWHERE
 
 
 def returned(code: CodeType, index: int | None) -> list[Statement]:

@@ -154,6 +154,26 @@ def sparse_gradients(raised: Raised) -> str | None:
     return _error_words.note("sparse", listed(*places, at(last_of_user(raised.error))))
 
 
+def dense_gradients(raised: Raised) -> str | None:
+    """Explain a dense gradient that an optimizer for sparse ones is given by what else uses the parameter."""
+    optimizer = local_owner(raised.error, "self")
+    groups = getattr(optimizer, "param_groups", ())
+    held = {
+        id(p) for g in groups for p in g["params"] if p.grad is not None and not p.grad.is_sparse
+    }
+    dense = {name for name, p in raised.inspection.parameters.items() if id(p) in held}
+    values = raised.trace.values
+    uses = [
+        (values[number].parameter, op.place)
+        for op in raised.trace.ops
+        for number in op.inputs
+        if values[number].parameter in dense and op.name.rpartition(".")[2] != "embedding"
+    ]
+    places = listed(*dict.fromkeys(at(place) for _, place in uses), at(last_of_user(raised.error)))
+    named = f"`{uses[0][0]}`" if uses else "its parameter"
+    return _error_words.note("dense_gradient", places, named) if uses else None
+
+
 def half_parameters(raised: Raised) -> str | None:
     """Explain a scaler over parameters in float16 by the only place that casts to it."""
     parameters = raised.inspection.parameters

@@ -74,6 +74,7 @@ from gradwatch._histories import (
 )
 from gradwatch._kept import copied_whole, kept_anywhere, outlived
 from gradwatch._optimizers import (
+    dense_gradients,
     half_parameters,
     in_two_groups,
     not_finite,
@@ -281,6 +282,10 @@ _KINDS: tuple[tuple[str, Find], ...] = (
     ("refer to a single memory location", failing("overlapping")),
     ("call Tensor.requires_grad_() (or perhaps", raising("functional_in_transform")),
     ("so it is ill-defined", ill_defined),
+    ("Closure use is not currently supported if GradScaler", raising("closure_with_scaler")),
+    ("does not support dense gradients", dense_gradients),
+    ("data set to a tensor that requires gradients must be", failing("integer_data")),
+    ("that would mutate a captured Tensor", raising("captured_in_place")),
     ("zero-dimensional tensor (at position", failing("cat_of_scalars")),
     ("Batch norm got a batched tensor as input", norm_in_vmap),
     ("' returned nan values in its", not_a_number),

@@ -351,6 +351,11 @@ def switched_by(site: Site) -> str:
     return f"the context is made at {place(site)}"
 
 
+def asked_to_switch(site: Site) -> str:
+    """Say which call asks a function to switch gradient mode off."""
+    return f"it was asked for by the call at {place(site)}"
+
+
 def kept_meanwhile(site: Site) -> str:
     """Say where a value without a history is kept, which is used later where gradients are on."""
     return f"what was computed there is kept for later use at {place(site)}"

@@ -956,6 +956,160 @@ class ShortenedThroughData(Net):
         del held
 
 
+class Shifted(torch.distributions.Transform, nn.Module):
+    """A learned transform that remembers its last inverse where it is asked to."""
+
+    domain = codomain = torch.distributions.constraints.real
+    bijective = True
+
+    def __init__(self, cache_size):
+        nn.Module.__init__(self)
+        torch.distributions.Transform.__init__(self, cache_size=cache_size)
+        self.shift = nn.Parameter(torch.zeros(3))
+
+    __hash__ = nn.Module.__hash__
+
+    def _call(self, x):
+        return x + self.shift
+
+    def _inverse(self, y):
+        return torch.sinh(y - self.shift)
+
+
+class RememberedByALibrary(Net):
+    words = "Trying to backward through the graph a second time"
+    advice = "the layer is made here"
+    steps = 2
+
+    def __init__(self):
+        super().__init__()
+        self.shifted = nn.ModuleList(Shifted(size) for size in (0, 1))  # <- here
+        self.points = torch.ones(4, 3)
+
+    def forward(self, x):
+        shifted: Any = self.shifted[1]
+        return self.head(torch.tanh(shifted.inv(self.points) + x)).mean()
+
+
+class ReentrantWithAClosure(Net):
+    words = "Trying to backward through the graph a second time"
+    advice = "pass `use_reentrant=False`"
+
+    def around(self, reference):
+        return lambda h: self.head(torch.tanh(h * reference.exp()))
+
+    def forward(self, x):
+        h = reference = torch.tanh(self.enc(x))
+        out = [
+            checkpoint(self.around(reference), h, use_reentrant=True)  # <- here
+            for _ in range(2)
+        ]
+        return torch.cat(out).mean()
+
+
+class AskedForWithoutGradients(Net):
+    words = "does not require grad and does not have a grad_fn"
+    advice = "it was asked for by the call at"
+
+    def embed(self, x, *, track):
+        with torch.set_grad_enabled(track):
+            return self.head(self.enc(x))
+
+    def forward(self, x):
+        self.embed(x, track=True)
+        return self.embed(x, track=False).mean()  # <- here
+
+
+class AttackOnAnArray(Net):
+    words = "appears to not have been used in the graph"
+    advice = "its values leave the graph here"
+
+    def run(self, x):
+        x = x.clone().requires_grad_()
+        array = x.detach().numpy()  # <- here
+        torch.autograd.grad(self.head(self.enc(torch.as_tensor(array[::2]))).mean(), x)
+
+
+class VectorsOnTheModule(Net):
+    words = "Only Tensors created explicitly by the user"
+    advice = "do not keep the result of a computation"
+
+    def __init__(self):
+        super().__init__()
+        left, _, right = torch.linalg.svd(self.enc.weight)  # <- here
+        self.left, self.right = left, right
+
+    def run(self, x):
+        copy.deepcopy(self)(x)
+
+
+class ClosureForAScaler(Net):
+    words = "Closure use is not currently supported"
+    advice = "call `optimizer.step(closure)` itself"
+
+    def run(self, x):
+        scaler = torch.amp.GradScaler("cpu")
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        scaler.scale(self.head(self.enc(x)).mean()).backward()
+        scaler.step(optimizer, closure=lambda: None)  # <- here
+
+
+class PenaltyOverATable(Net):
+    words = "does not support dense gradients"
+    advice = "use only the rows that are looked up"
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 3, sparse=True)
+
+    def penalty(self):
+        return self.table.weight.pow(2).sum()  # <- here
+
+    def run(self, x):
+        rows = self.table(torch.arange(4))
+        optimizer = torch.optim.SparseAdam([self.table.weight])
+        (self.head(self.enc(x) * rows).mean() + self.penalty()).backward()
+        optimizer.step()
+
+
+class ResultsForAnOptimizer(Net):
+    words = "can't optimize a non-leaf Tensor"
+    advice = "make it a leaf"
+
+    def value(self, name):
+        return self.get_parameter(name).exp()
+
+    def run(self, x):
+        given = [self.value(name) for name, _ in self.named_parameters()]  # <- here
+        torch.optim.Adam(given, lr=0.1)
+
+
+class RoundedInPlaceOfData(Net):
+    words = "must be floating point or complex dtype"
+    advice = "keep rounded values in floating point"
+
+    def run(self, x):
+        rounded = self.enc.weight.detach().round()
+        self.enc.weight.data = rounded.to(torch.int8)  # <- here
+
+
+class CountsInsideOfGrad(Net):
+    words = "would mutate a captured Tensor"
+    advice = "hand the tensor in and return it"
+    calls: torch.Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def energy(self, x):
+        self.calls += 1  # <- here
+        return self.head(self.enc(x)).mean()
+
+    def run(self, x):
+        torch.func.grad(self.energy)(x)
+
+
 class IntoAPreallocatedTensor(Net):
     words = "arguments don't support automatic differentiation"
     advice = "call it without `out=`"
