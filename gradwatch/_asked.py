@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gradwatch import _error_words, _frames, _nearby, _source, _statements, _words, explain
+from gradwatch import _error_words, _frames, _nearby, _source, _statements, _stores, _words, explain
 from gradwatch._calls import Kind, Wrapper
 from gradwatch._failure import (
     BY_PLACE,
@@ -405,7 +405,7 @@ def no_leaf(raised: Raised) -> str | None:
         given_by = [] if last is None else _nearby.made_for(last[:2])
         places = listed(*map(statement, given_by), at(raised.trace.ops[tag].place))
         return _error_words.note("no_leaf", places)
-    kept = [] if last is None else _nearby.argument_stores(last[:2])[:1]
+    kept = [] if last is None else _stores.argument_stores(last[:2])[:1]
     made = [s for found in kept for s in _nearby.returned_by(found)]
     places = listed(
         _spoiled_leaf(raised), *map(statement, [*made, *kept]), None if last is None else at(last)
@@ -424,7 +424,7 @@ def serialised_result(raised: Raised) -> str | None:
     before = map(raised.maker_of, tracked)
     places = list(dict.fromkeys(at(op.place) for op in before if op is not None and op.place))[:1]
     if not places and made is not None and made.place is not None:  # made before this step
-        kept = _nearby.stores(made.place[:2])[:1]
+        kept = _stores.stores(made.place[:2])[:1]
         told = [*kept, *(s for store in kept for s in _nearby.assigned_before(store))]
         places = [role_of("kept here", statement(store)) for store in told]
     last = at(last_of_user(raised.error))
@@ -440,7 +440,7 @@ def none_for_a_gradient(raised: Raised) -> str | None:
             maker = raised.maker_of(number)
             made = (None if maker is None else at(maker.place)) or _spoiled_leaf(raised)
             came = role_of("made here, so that it is no leaf", made)
-            kept = [statement(s) for s in _nearby.owner_stores(read[:2], "grad")[:1]]
+            kept = [statement(s) for s in _stores.owner_stores(read[:2], "grad")[:1]]
             return _error_words.note("grad_of_a_result", listed(came, *kept, where))
     last = last_of_user(raised.error)
     if last is None or ".grad" not in _source.text_of(last[:2]):
@@ -589,7 +589,7 @@ def array_of_a_leaf(raised: Raised) -> str | None:
     places = [at(place) for place in failing_places(raised)]
     kept = [] if failed is None else _collected(raised, failed.read)
     if places and not any(kept):
-        filled = _nearby.argument_fillings(failing_places(raised)[-1][:2])
+        filled = _stores.argument_fillings(failing_places(raised)[-1][:2])
         kept = [role_of("kept with its history", statement(s)) for s in filled[:1]]
     return _error_words.note("numpy", listed(*asked, *kept, *places)) if places else None
 
@@ -598,7 +598,7 @@ def _collected(raised: Raised, numbers: Iterable[int]) -> list[str | None]:
     """Return where values were put into a container, after the line that made them."""
     makers = [op for number in numbers if (op := raised.maker_of(number)) is not None]
     made = [raised.trace.outlived.get(op.index) or op.place for op in makers]
-    kept = [s for place in made if place is not None for s in _nearby.kept_after(place[:2])]
+    kept = [s for place in made if place is not None for s in _stores.kept_after(place[:2])]
     return [role_of("kept with its history", statement(s)) for s in kept[:1]]
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from gradwatch import _frames, _words
 from gradwatch._calls import Kind, Wrapper
 from gradwatch._grouping import Finding
-from gradwatch._nearby import calls_kept, surrounding, switch_in_helper, switched_off_by
+from gradwatch._nearby import surrounding, switch_in_helper, switched_off_by
 from gradwatch._source import Statement, wrapping
+from gradwatch._stores import calls_kept
 from gradwatch.report import Cause, Site
 
 if TYPE_CHECKING:

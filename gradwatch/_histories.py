@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.autograd.function import BackwardCFunction
 
-from gradwatch import _error_words, _frames, _nearby, _source, _statements, _words, explain
+from gradwatch import _error_words, _frames, _nearby, _source, _statements, _stores, _words, explain
 from gradwatch._calls import Kind, Wrapper
 from gradwatch._failure import (
     Raised,
@@ -407,7 +407,7 @@ def _shared(trace: Trace, earlier: Backward, later: Backward) -> tuple[str | Non
     taken = _reader(trace, last, first - second)
     if taken is None or taken.place is None:
         return (listed(role_of("computed once, used by both", _given_to(last.place)), call),)
-    named = _nearby.outer_assignment(taken.place[:2])
+    named = _stores.outer_assignment(taken.place[:2])
     own = _given_to(last.place, besides=taken.place)
     once = listed(None if named is None else statement(named), own)
     # Where a helper's line is, the call of the helper before the earlier pass tells more, and the one behind it.

@@ -13,7 +13,7 @@ import gc
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from gradwatch import _error_words, _frames, _nearby, _source, _statements, _words
+from gradwatch import _error_words, _frames, _nearby, _source, _statements, _stores, _words
 from gradwatch._calls import Kind
 from gradwatch._failure import (
     Raised,
@@ -104,11 +104,11 @@ def carried_over(raised: Raised) -> tuple[str | None, str] | None:
         maker = raised.maker_of(carried[-1]) if carried else None
         if maker is not None and op.place is not None:
             made = _frames.site_of(maker.place)
-            filled = _nearby.fillings(op.place[:2])
+            filled = _stores.fillings(op.place[:2])
             if filled:
                 return _story(filled, made, op.place), ""
             kept = kept_anywhere(raised.model, made, op.place)
-            return kept or (_story(_nearby.stores(op.place[:2]), made, op.place), "")
+            return kept or (_story(_stores.stores(op.place[:2]), made, op.place), "")
     return None
 
 
@@ -127,7 +127,7 @@ def _kept_in(
                 statements = _statements.keepings(type(module), name)
                 if statements:
                     full = f"{path}.{name}" if path else name
-                    filled = [] if read is None else _nearby.fillings(read[:2])
+                    filled = [] if read is None else _stores.fillings(read[:2])
                     kept_as = "" if filled else f" (`{full}`)"
                     dropped = [statement(s) for s in _statements.dropped(type(module), name)[:1]]
                     lost = role_of("its result is dropped", next(iter(dropped), None))
@@ -137,17 +137,17 @@ def _kept_in(
                     return listed(role_of("the layer is made here", layer), lost, story), kept_as
     for cls, attribute in () if tensor is None else _holders_of(tensor):
         statements = _statements.keepings(cls, attribute)
-        method = _nearby.keeps_argument(statements[0]) if statements else None
+        method = _stores.keeps_argument(statements[0]) if statements else None
         is_record = method is not None and method.name == "__init__"
         if statements and not is_record:
-            giver = _nearby.handed_in(statements[0])
+            giver = _stores.handed_in(statements[0])
             story = _story(statements, made, read)
             given = None if giver is None else statement(giver)
             return listed(given, story), f" (`{cls.__name__}.{attribute}`)"
     # What a decorator keeps is in no attribute.
-    around = [] if made is None else _nearby.keeping_decorators(made.file, made.line)
-    around = around or ([] if made is None else _nearby.stored_after(made.file, made.line))
-    statements = around or ([] if read is None else _nearby.stores(read[:2]))
+    around = [] if made is None else _stores.keeping_decorators(made.file, made.line)
+    around = around or ([] if made is None else _stores.stored_after(made.file, made.line))
+    statements = around or ([] if read is None else _stores.stores(read[:2]))
     return (_story(statements, made, read), "") if statements or made or read else None
 
 
@@ -162,7 +162,7 @@ def _story(
         kept = listed(*map(statement, before[:1]), kept)
     came = None if made is None or same else f"{_words.place(made)} (made here)"
     # What was made before anything was traced was perhaps handed in.
-    giver = _nearby.handed_in(statements[0]) if made is None and statements else None
+    giver = _stores.handed_in(statements[0]) if made is None and statements else None
     kept = listed(None if giver is None else statement(giver), kept)
     used = at(read)
     if used in {None, kept, None if made is None else _words.place(made)}:
