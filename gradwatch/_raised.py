@@ -16,31 +16,14 @@ from typing import TYPE_CHECKING
 
 from gradwatch import _error_words, _frames, _source, _words, explain
 from gradwatch._asked import (
-    array_of_a_leaf,
     asked_for_nothing,
-    changed_by_a_hook,
-    from_inference_mode,
-    func_of_a_vector,
     gradients_of_another_shape,
-    hook_of_a_module,
     ill_defined,
     in_double,
-    in_place_in_vmap,
-    inputs_in_a_reentrant_checkpoint,
-    leaf_in_place,
     loss_made_by,
-    made_and_failing,
-    no_leaf,
-    no_parameter,
-    none_for_a_gradient,
-    norm_in_vmap,
     not_a_number,
     not_in_graph,
-    nothing_in_a_checkpoint,
     number_for_a_loss,
-    random_in_vmap,
-    recomputed_otherwise,
-    serialised_result,
     without_derivative,
     without_formula,
 )
@@ -88,6 +71,25 @@ from gradwatch._overwrites import (
     expanded_in_place,
     overwritten,
     view_without_history,
+)
+from gradwatch._refused import (
+    array_of_a_leaf,
+    changed_by_a_hook,
+    from_inference_mode,
+    func_of_a_vector,
+    hook_of_a_module,
+    in_place_in_vmap,
+    inputs_in_a_reentrant_checkpoint,
+    leaf_in_place,
+    made_and_failing,
+    no_leaf,
+    no_parameter,
+    none_for_a_gradient,
+    norm_in_vmap,
+    nothing_in_a_checkpoint,
+    random_in_vmap,
+    recomputed_otherwise,
+    serialised_result,
 )
 from gradwatch.report import Diagnosis, Status
 
