@@ -10,6 +10,7 @@ Limits: a module that the model does not register (in a plain list, say) has no 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,12 @@ def innermost(optimizer: Any) -> Any:
     ):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def as_optimizers(given: Any) -> tuple[Any, ...]:
+    """Return the optimizers that were given, also where that is a single one."""
+    several = given if isinstance(given, Iterable) else (given,)
+    return tuple(map(innermost, several))
 
 
 def is_compiled(module: nn.Module) -> bool:

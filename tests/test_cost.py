@@ -315,7 +315,7 @@ def test_a_long_run_is_told_on_the_console(
     with Loop(3, every=1):
         pass
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("gradwatch.watcher.MIN_SECONDS", 0.0)
+    monkeypatch.setattr("gradwatch._run.MIN_SECONDS", 0.0)
     with Loop(3, every=1):
         pass
 

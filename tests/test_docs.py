@@ -192,7 +192,7 @@ def test_every_public_name_is_in_the_api() -> None:
     ]
     assert "- `every_n_steps`: Steps between measurements of norms; None takes" in text
     assert "`UNSEEN = 'unseen'`: Gradients cannot be seen here" in text
-    assert "- `should_stop`: Whether a rule with `action: stop` has fired" in text
+    assert "- `should_stop: bool`: Whether a rule with `action: stop` has fired" in text
     assert "    for_steps: int | None = None,\n" in text
     assert "### `Report.to_dict`" in text
     assert "on_train_batch_end" not in text

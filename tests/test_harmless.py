@@ -384,10 +384,10 @@ FAULTS = [
     "gradwatch.rules.Judge.load_state_dict",
     "gradwatch.rules.Judge.observe",
     "gradwatch.sinks.console.ConsoleSink.write",
-    "gradwatch.watcher.Inspection",
+    "gradwatch._run.Inspection",
     "gradwatch._ledger.measure",
     "gradwatch._watched.names_of",
-    "gradwatch.watcher.standard_sinks",
+    "gradwatch._run.standard_sinks",
 ]
 
 
