@@ -17,7 +17,7 @@ from gradwatch._explanation import Explanation
 from gradwatch._flow import follow
 from gradwatch._graph import Passed, walk, watched_backward
 from gradwatch._grouping import Finding, grouped
-from gradwatch._stats import Sensor
+from gradwatch._sensor import Sensor
 from gradwatch._trace import BackwardListener, Trace
 from gradwatch.report import Diagnosis, Status
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gradwatch._flow import Cut
     from gradwatch._graph import Passed
     from gradwatch._record import Op
-    from gradwatch._stats import Sensor
+    from gradwatch._sensor import Sensor
     from gradwatch._trace import Trace
 
 MODES = ("no_grad", "inference_mode", "set_grad_enabled")

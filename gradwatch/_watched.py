@@ -18,7 +18,7 @@ import torch
 
 from gradwatch._grouping import not_registered
 from gradwatch._names import Owners, innermost, names_of, parameter_at
-from gradwatch._stats import Sensor
+from gradwatch._sensor import Sensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence

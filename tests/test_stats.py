@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gradwatch._stats import Sensor, is_lazy, measure
+from gradwatch._sensor import Sensor
+from gradwatch._stats import is_lazy, measure
 from tests.conftest import Kernels
 
 TO_HOST = {Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__float__, Tensor.__bool__}
