@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gradwatch import _words
+from gradwatch._backward import watched_backward
 from gradwatch._explanation import Explanation
 from gradwatch._flow import follow
-from gradwatch._graph import Passed, walk, watched_backward
+from gradwatch._graph import Passed, walk
 from gradwatch._grouping import Finding, grouped
 from gradwatch._sensor import Sensor
 from gradwatch._trace import BackwardListener, Trace

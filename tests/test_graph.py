@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from gradwatch._graph import Origin, _observe, _observe_both, _size, walk, watched_backward
+from gradwatch._backward import _observe, _observe_both, _size, watched_backward
+from gradwatch._graph import Origin, walk
 from tests.cases import ReturnsNone
 
 KEY = "test"
@@ -77,7 +78,7 @@ def test_a_gradient_that_several_nodes_hand_on_is_read_once(monkeypatch):
         read.append(gradient.shape)
         return _size(gradient)
 
-    monkeypatch.setattr("gradwatch._graph._size", noted)
+    monkeypatch.setattr("gradwatch._backward._size", noted)
     a, b = nn.Parameter(torch.ones(100, 100)), nn.Parameter(torch.ones(100, 100))
     passed = watched((torch.tanh(a).t() + torch.tanh(b).t()).square().sum())
 

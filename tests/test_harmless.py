@@ -427,7 +427,7 @@ class TimeoutOfTheUsersError(Exception):
         "gradwatch._explanation.follow",
         "gradwatch._sensor.Sensor.before",
         "gradwatch._trace.Trace._finish_simple",
-        "gradwatch._graph._observe",
+        "gradwatch._backward._observe",
         "gradwatch.sinks.console.ConsoleSink.write",
     ],
 )
