@@ -27,6 +27,14 @@ ERRORS = {
         "gradient mode was switched off, and is off still",
         "switch it off with `with torch.no_grad():`, which switches it on again whatever happens",
     ),
+    "off_in_hook": (
+        "gradients are off in what a hook runs while backward does",
+        "compute it under `with torch.enable_grad():`, or call the outer `backward` with `create_graph=True`",
+    ),
+    "one_without_history": (
+        "of the tensors that backward begins at, this one has no history",
+        "leave out those for which `tensor.requires_grad` is False",
+    ),
     "twice_in_checkpoint": (
         "what a reentrant checkpoint runs again goes back into what it uses without being handed it, each time",
         "pass `use_reentrant=False`, or hand it in as an argument of `checkpoint`",

@@ -48,6 +48,7 @@ def in_function(kind: str) -> Find:
         found = re.search(r"at index (\d+)", raised.message)
         index = None if found is None else int(found[1])
         own = _return_of(_named(named[1].removesuffix("Backward")), index)
+        own = listed(_registered_return(raised), own) if "GeneratedBackward" in named[1] else own
         for node in (node for passed in raised.inspection.passes for node in passed.nodes):
             if node.custom and node.name == named[1] and node.tag >= 0:
                 return _error_words.note(kind, listed(at(ops[node.tag].place), own))
@@ -57,6 +58,19 @@ def in_function(kind: str) -> Find:
         return None if own is None else _error_words.note(kind, own)
 
     return find
+
+
+def _registered_return(raised: Raised) -> str | None:
+    """Return what the function returns that is registered as the backward of the custom operator in a message."""
+    counts = re.search(r"expected \d+, got (\d+)", raised.message)
+    given = in_nearest_file(raised, _registered_backwards)
+    wanted = 0 if counts is None else int(counts[1]) - 1  # torch adds one of its own
+    found = [s for each in given for s in _nearby.returned_by_name(each, wanted)]
+    return role_of("returned here", statement(found[0])) if len(given) == 1 and found else None
+
+
+def _registered_backwards(file: str) -> list[_source.Statement]:
+    return _statements.method_calls(file, "register_autograd")
 
 
 def once_differentiable(raised: Raised) -> str | None:

@@ -8,6 +8,7 @@ Limits: where the step was not traced, only what the model holds is known to be 
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 _MOST_SETTINGS = 4
 _EARLIER_AND_LATER = 2
+_ENGINE = "_engine_run_backward"
+"""The function of torch's that runs a backward pass, and with it hooks."""
 _MODES = ("no_grad", "inference_mode")
 _CUTS = frozenset([Cause.DETACHED, Cause.LEFT_TORCH, Cause.NO_GRAD, Cause.NON_DIFFERENTIABLE])
 
@@ -68,16 +71,15 @@ def frozen_ones(model: nn.Module) -> str | None:
 
 def no_history(raised: Raised) -> str | None:
     """Explain a loss that was computed from nothing that wants a gradient."""
-    inner = _in_a_backward(raised.error)
-    if inner is not None:
-        return _error_words.note("grad_in_backward", inner)
+    inner, hooked = _in_a_backward(raised.error), _in_a_hook(raised.error)
+    if inner is not None or hooked is not None:
+        return _error_words.note("grad_in_backward" if inner else "off_in_hook", inner or hooked)
     if not torch.is_grad_enabled():
         return switched_off(raised.model)
     asked = raised.asked
-    if asked is not None and not asked.accumulates:
-        cut = raised.cut_of(asked.roots)
-        if cut is not None:
-            return _error_words.note("output_without_history", listed(cut, at(asked.place)))
+    some = None if asked is None else _one_of_several(raised, asked)
+    if some is not None:
+        return some
     parameters = raised.inspection.parameters
     wanting = [name for name, parameter in parameters.items() if parameter.requires_grad]
     if not wanting:
@@ -85,6 +87,19 @@ def no_history(raised: Raised) -> str | None:
     found = raised.inspection.diagnose(dict.fromkeys(wanting, Status.MISSING), 0)
     told = _to_blame(raised.trace, found)
     return _computed_off(raised, told) or _told(raised, told, found) if told else None
+
+
+def _one_of_several(raised: Raised, asked: Backward) -> str | None:
+    """Explain the one without a history of several tensors that backward begins at, or that are differentiated."""
+    named = re.match(r"element (\d+) of tensors", raised.message)
+    if named is not None and len(asked.roots) > int(named[1]) > 0:
+        made = raised.maker_of(asked.roots[int(named[1])])
+        places = listed(None if made is None else at(made.place), at(asked.place))
+        return _error_words.note("one_without_history", places)
+    cut = None if asked.accumulates else raised.cut_of(asked.roots)
+    if cut is None:
+        return None
+    return _error_words.note("output_without_history", listed(cut, at(asked.place)))
 
 
 def _to_blame(trace: Trace, found: Iterable[Diagnosis]) -> list[Diagnosis]:
@@ -299,6 +314,18 @@ def _in_a_backward(error: Exception) -> str | None:
     last = last_of_user(error) or places[-1]
     made = _nearby.first_argument(last[:2], places[-1].code)
     return listed(None if made is None else statement(made), at(places[-1]), at(last))
+
+
+def _in_a_hook(error: Exception) -> str | None:
+    """Return where a hook, which runs while backward does, computed what it goes backward from, and does so."""
+    codes = [entry.tb_frame.f_code for entry in entries(error)]
+    runs = [position for position, code in enumerate(codes) if code.co_name == _ENGINE]
+    inner = codes[runs[0] + 1 :] if runs else []
+    own = [place for place in users_own(error) if place.code in inner]
+    if not own:
+        return None
+    made = _nearby.receiver(own[-1][:2])
+    return listed(None if made is None else statement(made), at(own[-1]))
 
 
 def _in_a_checkpoint(raised: Raised) -> str | None:

@@ -135,7 +135,7 @@ def _kept_in(
                     library = _frames.owner_of_file(statements[0].file) is not _frames.Owner.USER
                     layer = layer_made_at(model, module) if library else None
                     return listed(role_of("the layer is made here", layer), lost, story), kept_as
-    for cls, attribute in () if tensor is None else _holders_of(tensor):
+    for cls, attribute in () if tensor is None else holders_of(tensor):
         statements = _statements.keepings(cls, attribute)
         method = _stores.keeps_argument(statements[0]) if statements else None
         is_record = method is not None and method.name == "__init__"
@@ -181,7 +181,7 @@ def _holds(value: Any, tensor: Any) -> bool:
     )
 
 
-def _holders_of(tensor: Tensor) -> Iterator[tuple[type, str]]:
+def holders_of(tensor: Tensor) -> Iterator[tuple[type, str]]:
     """Yield the user's classes of which an object holds a tensor, and the attribute: itself, or in containers."""
     known: set[int] = {id(tensor)}
     layer: list[Any] = [tensor]

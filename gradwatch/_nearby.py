@@ -222,6 +222,23 @@ def returned_by(found: Statement) -> list[Statement]:
     return statements_of(found.file, sorted(returns, key=lambda node: node.lineno)[-1:])
 
 
+def returned_by_name(found: Statement, count: int) -> list[Statement]:
+    """Return what a function returns that a call is given first, those of so many values before all others."""
+    module = tree(found.file)
+    calls = [n for n in (ast.walk(module) if module else ()) if isinstance(n, ast.Call)]
+    given = [c.args[0] for c in calls if c.lineno == found.line and c.args]
+    names = {node.id for node in given if isinstance(node, ast.Name)}
+    returns = [
+        node
+        for name in sorted(names)
+        for definition in definitions(module).get(name, ())
+        for node in own_nodes(definition)
+        if isinstance(node, ast.Return) and node.value is not None
+    ]
+    fits = [n for n in returns if isinstance(n.value, ast.Tuple) and len(n.value.elts) == count]
+    return statements_of(found.file, fits or returns)
+
+
 def assigned_before(found: Statement) -> list[Statement]:
     """Return what assigned the local name that a statement keeps: `centers = ...` of `self.centers = centers`."""
     module = tree(found.file)
@@ -403,12 +420,12 @@ def written_into(step: Step) -> Statement | None:
 
 
 def registrations(code: CodeType) -> list[Statement]:
-    """Return where the file of a hook registers full backward hooks."""
+    """Return where the file of a hook registers full backward hooks, those under its own name first."""
     module = tree(code.co_filename)
     nodes = () if module is None else ast.walk(module)
-    return statements_of(
-        code.co_filename, [n for n in nodes if is_call_of(n, "register_full_backward_hook")]
-    )
+    calls = [n for n in nodes if is_call_of(n, "register_full_backward_hook")]
+    calls.sort(key=lambda n: code.co_name not in {last_name(part) for part in ast.walk(n)})
+    return statements_of(code.co_filename, calls)
 
 
 def first_argument(step: Step, outer: CodeType) -> Statement | None:

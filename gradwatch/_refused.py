@@ -34,6 +34,7 @@ from gradwatch._failure import (
     role_of,
     statement,
 )
+from gradwatch._kept import holders_of
 from gradwatch._record import hooks_of, memory_of, node_of
 from gradwatch.report import Status
 
@@ -71,7 +72,12 @@ def no_leaf(raised: Raised) -> str | None:
         given_by = [] if last is None else _nearby.made_for(last[:2])
         places = listed(*map(statement, given_by), at(raised.trace.ops[tag].place))
         return _error_words.note("no_leaf", places)
-    kept = [] if last is None else _stores.argument_stores(last[:2])[:1]
+    held = (
+        []
+        if given is None
+        else [k for pair in holders_of(given) for k in _statements.keepings(*pair)]
+    )
+    kept = held[:1] or ([] if last is None else _stores.argument_stores(last[:2])[:1])
     made = [s for found in kept for s in _nearby.returned_by(found)]
     places = listed(
         _spoiled_leaf(raised), *map(statement, [*made, *kept]), None if last is None else at(last)

@@ -1110,6 +1110,82 @@ class CountsInsideOfGrad(Net):
         torch.func.grad(self.energy)(x)
 
 
+class BackwardInsideOfAHook(Net):
+    words = "does not require grad and does not have a grad_fn"
+    advice = "compute it under `with torch.enable_grad():`"
+
+    def again(self, module, *_):
+        del module
+        loss = self.head(torch.ones(4, 3)).sum()  # <- here
+        loss.backward()
+
+    def forward(self, x):
+        handle = self.enc.register_full_backward_hook(self.again)
+        try:
+            h = self.enc(x.requires_grad_())
+            loss = self.head(h).mean()
+            loss.backward()
+        finally:
+            handle.remove()
+        return loss
+
+
+class OneOfSeveralOutputs(Net):
+    words = "element 1 of tensors does not require grad"
+    advice = "leave out those for which `tensor.requires_grad` is False"
+
+    def stage(self, x):
+        count = (x > 0).sum().float()  # <- here
+        return self.head(self.enc(x)).mean(), count
+
+    def run(self, x):
+        torch.autograd.backward(self.stage(x))
+
+
+class ResultInAGroup(Net):
+    words = "can't optimize a non-leaf Tensor"
+    advice = "make it a leaf"
+
+    def __init__(self):
+        super().__init__()
+        scale = torch.ones(3, requires_grad=True)
+        self.scale = scale * 2  # <- here
+
+    def run(self, x):
+        groups = [{"params": [self.enc.weight]}]
+        groups.append({"params": [self.scale]})
+        torch.optim.SGD(groups, lr=0.1)
+
+
+@torch.library.custom_op("gradwatch_tests::shrink", mutates_args=())
+def shrink(x: torch.Tensor, by: float, sign: bool) -> torch.Tensor:  # noqa: FBT001
+    """Shrink a tensor, with a derivative that forgets an option."""
+    return x * by if sign else x.abs() * by
+
+
+def shrunk(ctx, grad):
+    if ctx.by:
+        return grad * ctx.by, None  # <- here
+    return grad, None, None
+
+
+def remember(ctx, inputs, output):
+    del output
+    ctx.by = inputs[1]
+
+
+shrink.register_autograd(shrunk, setup_context=remember)
+
+
+class OptionWithoutAGradient(Net):
+    words = "returned an incorrect number of gradients"
+    advice = "return one value for each argument"
+    guilty = shrunk
+
+    def forward(self, x):
+        return shrink(self.head(self.enc(x)), 0.5, sign=True).mean()
+
+
 class IntoAPreallocatedTensor(Net):
     words = "arguments don't support automatic differentiation"
     advice = "call it without `out=`"
