@@ -669,7 +669,10 @@ class Run:
         if inspection is not None:
             try:
                 inspection.stop()
-            except Exception as error:  # noqa: BLE001 -- ours, never the user's problem
+            except Exception as error:
+                if is_of_a_signal(error):
+                    inspection.stop()  # once more, as it was cut short
+                    raise
                 _log.warning("a trace could not be stopped", exc_info=error)
         return inspection
 

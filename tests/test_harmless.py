@@ -462,6 +462,28 @@ def test_what_a_handler_for_a_signal_raises_comes_through(
     assert logged(caplog) == []
 
 
+def test_a_signal_while_a_trace_is_stopped_leaves_nothing_of_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """A time limit that is over as a failed step is cleaned up reaches the user, and the trace is stopped."""
+
+    def handler(*_: Any) -> None:
+        raise TimeoutOfTheUsersError
+
+    before = process_state()
+    target = "gradwatch._trace.Trace._leave_places"
+    inject(monkeypatch, target, lambda: signal.raise_signal(signal.SIGUSR1))
+    known = signal.signal(signal.SIGUSR1, handler)
+    model = nn.Linear(2, 1)
+    try:
+        with pytest.raises(TimeoutOfTheUsersError), Watcher(model) as watcher, watcher.step():
+            model(torch.ones(1, 2)).sum().backward()
+            raise ValueError
+    finally:
+        signal.signal(signal.SIGUSR1, known)
+    assert (logged(caplog), process_state()) == ([], before)
+
+
 @pytest.mark.parametrize("target", FAULTS)
 def test_a_failure_of_ours_is_one_log_record(
     target: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
