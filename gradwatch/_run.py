@@ -190,9 +190,8 @@ class Run:
 
     @harmless_hook
     def _before_own_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._last = (
-            None  # what its closure is called for is one step, and this another than the one before
-        )
+        # What its closure is called for is one step, and this is another than the one before.
+        self._last = None
         if not has_closure(args, kwargs):
             self._judge_own_step(optimizer)
 
@@ -503,9 +502,8 @@ class Run:
             if again:  # LBFGS evaluates its closure many times within one step
                 watched.sensor.restart(covered)
                 return
-            self._steps = max(
-                step, self._steps
-            )  # steps outside of `training_step` are not counted by Lightning
+            # Steps outside of `training_step` are not counted by Lightning.
+            self._steps = max(step, self._steps)
         judged = self._judgement.of(covered, optimizer, self._now)
         chosen = watched.owners.chosen(optimizer)
         if seen:
