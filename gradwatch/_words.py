@@ -474,11 +474,6 @@ def say_intermittent(globs: Sequence[str]) -> str:
     return f"if it is meant so, say it in the contract: `{entry}`"
 
 
-def output_of(operation: str, dtype: str) -> str:
-    """Say why the output of an operation has no derivative."""
-    return f"its output here is of dtype `{dtype}`, which carries no gradient (`{operation}`)"
-
-
 def term_reaches_nothing(
     term: str, cause: str | None, at: str | None, advice: str | None = None
 ) -> str:
